@@ -7,20 +7,18 @@ classes are thread-safe, and a handle is released exactly once, when its object 
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from . import _forks
+from ._calls import milliseconds, new_error, read_blob
+from ._engine_link import GET, PUT, EnginePeer, EngineTransfer
 from ._engine_types import Attributes, Capability, EngineResult, EngineStatistics
 from ._native import ffi, lib
-from ._ranges import RANGE, check_ranges
 from ._status import Status, c_text, raise_status, status_error
-from .errors import ClosedError, EngineError, ForkedError
+from .errors import ClosedError
 
 __all__ = [
     "ACCEPTOR",
@@ -44,73 +42,25 @@ __all__ = [
     "status_error",
 ]
 
-PUT, GET = 0, 1
 HOST, DEVICE = 0, 1
 INITIATOR, ACCEPTOR = 0, 1
 READ, WRITE = 1, 2
 
-_OPERATIONS = ("put", "get")
-_SLICE_MS = 250  # the longest sleep in C, so that Python can handle signals
-_MAX_MS = 0xFFFFFFFF
-_NOTIFY = 1
 _DRAIN_ROOM = 256
-_MOST_BLOB_BYTES = 1 << 24
-
-_fork_generation = 0
-
-
-def _count_fork() -> None:
-    global _fork_generation, _cache_lock
-    _fork_generation += 1
-    _cache_lock = threading.Lock()
-    _providers.clear()
-
-
-os.register_at_fork(after_in_child=_count_fork)
-
-
-class _Scratch:
-    """Output parameters of one call in flight, used again by later calls; ``err`` is clean while it is in the list."""
-
-    __slots__ = ("err", "handle", "length")
-
-    def __init__(self) -> None:
-        self.err = ffi.new("kvl_error *", {"struct_size": ffi.sizeof("kvl_error")})
-        self.handle = ffi.new("kve_transfer **")
-        self.length = ffi.new("uint64_t *")
-
-
-_scratches: list[_Scratch] = []
-
-
-def _take_scratch() -> _Scratch:
-    try:
-        return _scratches.pop()
-    except IndexError:
-        return _Scratch()
-
-
-def _new_error() -> Any:
-    return ffi.new("kvl_error *", {"struct_size": ffi.sizeof("kvl_error")})
-
-
-def _milliseconds(seconds: float) -> int:
-    """Converts a timeout; rounds up, so that a positive one never becomes "none given"."""
-    if seconds >= _MAX_MS / 1000:
-        return _MAX_MS
-    return max(0, math.ceil(seconds * 1000))
-
-
-def _forked(operation: str) -> ForkedError:
-    return ForkedError(
-        "this handle was made before the process forked; open a new channel in the child", operation=operation
-    )
-
 
 _STATISTICS = tuple(EngineStatistics.__dataclass_fields__)
 
 _cache_lock = threading.Lock()
 _providers: dict[str, EngineProvider] = {}
+
+
+def _forget_parent() -> None:
+    global _cache_lock
+    _cache_lock = threading.Lock()  # the parent may have held it at the moment of the fork
+    _providers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 class EngineProvider:
@@ -120,7 +70,7 @@ class EngineProvider:
 
     def __init__(self, handle: Any, path: str) -> None:
         self._handle = handle
-        self._generation = _fork_generation
+        self._generation = _forks.generation
         self.path = path
         self.name = c_text(lib.kve_provider_name(handle))
         self.version = c_text(lib.kve_provider_version(handle))
@@ -143,7 +93,7 @@ class EngineProvider:
         with _cache_lock:
             known = _providers.get(path)
             if known is None:
-                out, err = ffi.new("kve_provider **"), _new_error()
+                out, err = ffi.new("kve_provider **"), new_error()
                 status = lib.kve_provider_load(os.fsencode(path), out, err)
                 if status:
                     raise_status(err, "load", status=status)
@@ -156,7 +106,7 @@ class EngineProvider:
         Raises:
             ChannelUnavailableError: Not usable; says why.
         """
-        err = _new_error()
+        err = new_error()
         status = lib.kve_provider_probe(self._handle, err)
         if status:
             raise_status(err, "probe", status=status)
@@ -183,7 +133,7 @@ class EngineChannel:
 
     def __init__(self, handle: Any, provider: EngineProvider) -> None:
         self._handle = handle
-        self._generation = _fork_generation
+        self._generation = _forks.generation
         self._closed = False
         self._drain_lock = threading.Lock()
         self._drain_ids = ffi.new("uint64_t[]", _DRAIN_ROOM)
@@ -224,21 +174,21 @@ class EngineChannel:
             "kve_channel_params *",
             {
                 "struct_size": ffi.sizeof("kve_channel_params"),
-                "default_timeout_ms": _milliseconds(default_timeout),
-                "cancel_grace_ms": _milliseconds(cancel_grace),
+                "default_timeout_ms": milliseconds(default_timeout),
+                "cancel_grace_ms": milliseconds(cancel_grace),
                 "option_count": len(keep),
                 "options": table,
                 "device": c_device,
             },
         )
-        out, err = ffi.new("kve_channel **"), _new_error()
+        out, err = ffi.new("kve_channel **"), new_error()
         status = lib.kve_channel_open(provider._handle, params, out, err)
         if status:
             raise_status(err, "open", status=status)
         return cls(out[0], provider)
 
     def _query(self) -> Attributes:
-        attr, err = ffi.new("kvl_attr *", {"struct_size": ffi.sizeof("kvl_attr")}), _new_error()
+        attr, err = ffi.new("kvl_attr *", {"struct_size": ffi.sizeof("kvl_attr")}), new_error()
         status = lib.kve_channel_query(self._handle, attr, err)
         if status:
             raise_status(err, "open", status=status)
@@ -258,8 +208,8 @@ class EngineChannel:
         )
 
     def _check(self, operation: str) -> None:
-        if self._generation != _fork_generation:
-            raise _forked(operation)
+        if self._generation != _forks.generation:
+            raise _forks.forked(operation)
         if self._closed:
             raise ClosedError("the channel is closed", operation=operation)
 
@@ -269,8 +219,8 @@ class EngineChannel:
         Raises:
             ForkedError: Called in a child process.
         """
-        if self._generation != _fork_generation:
-            raise _forked("drain")
+        if self._generation != _forks.generation:
+            raise _forks.forked("drain")
         finished: list[int] = []
         with self._drain_lock:
             while True:
@@ -285,16 +235,16 @@ class EngineChannel:
         Raises:
             EngineError: A provider call hangs; the engine was abandoned.
         """
-        if self._generation != _fork_generation:
+        if self._generation != _forks.generation:
             return
         self._closed = True
-        err = _new_error()
-        status = lib.kve_channel_close(self._handle, _milliseconds(grace), err)
+        err = new_error()
+        status = lib.kve_channel_close(self._handle, milliseconds(grace), err)
         if status:
             raise_status(err, "close channel", status=status)
 
     def __del__(self) -> None:
-        if getattr(self, "_generation", None) != _fork_generation:
+        if getattr(self, "_generation", None) != _forks.generation:
             return  # never opened completely, or a child's copy
         if not self._closed:
             lib.kve_channel_close(self._handle, 100, ffi.NULL)
@@ -323,7 +273,7 @@ class EngineChannel:
         if Capability.STATISTICS not in self.attributes.capabilities:
             return {}
         room = 64
-        table, count, err = ffi.new("kvl_stat[]", room), ffi.new("uint32_t *", room), _new_error()
+        table, count, err = ffi.new("kvl_stat[]", room), ffi.new("uint32_t *", room), new_error()
         status = lib.kve_channel_provider_stats(self._handle, table, count, err)
         if status:
             raise_status(err, "statistics", status=status)
@@ -346,7 +296,7 @@ class EngineChannel:
             KvlinkError: It ran out.
         """
         self._check("allocate")
-        out, err = ffi.new("uint64_t *"), _new_error()
+        out, err = ffi.new("uint64_t *"), new_error()
         status = lib.kve_mem_alloc(self._handle, kind, nbytes, out, err)
         if status:
             raise_status(err, "allocate", status=status)
@@ -354,7 +304,7 @@ class EngineChannel:
 
     def mem_free(self, address: int) -> None:
         """Gives memory of :meth:`mem_alloc` back; after its region was closed."""
-        if self._generation == _fork_generation:
+        if self._generation == _forks.generation:
             lib.kve_mem_free(self._handle, address)
 
     def mem_open(self, address: int, nbytes: int, kind: int, device: int, access: int) -> int:
@@ -386,7 +336,7 @@ class EngineChannel:
                 "length": nbytes,
             },
         )
-        out, err = ffi.new("uint32_t *"), _new_error()
+        out, err = ffi.new("uint32_t *"), new_error()
         status = lib.kve_mem_open(self._handle, desc, out, err)
         if status:
             raise_status(err, "register", status=status)
@@ -399,7 +349,7 @@ class EngineChannel:
             KvlinkError: The provider cannot export it.
         """
         self._check("register")
-        return _read_blob(
+        return read_blob(
             lambda buffer, length, err: lib.kve_mem_export(self._handle, handle, buffer, length, err), "register"
         )
 
@@ -414,8 +364,8 @@ class EngineChannel:
             BusyError: It is still in use and stays registered; close the peers concerned, then call again.
         """
         self._check("close region")
-        err = _new_error()
-        status = lib.kve_mem_close(self._handle, handle, _milliseconds(timeout), err)
+        err = new_error()
+        status = lib.kve_mem_close(self._handle, handle, milliseconds(timeout), err)
         if status:
             raise_status(err, "close region", status=status)
 
@@ -433,7 +383,7 @@ class EngineChannel:
             ConfigError: Outside the region.
         """
         self._check("copy")
-        err = _new_error()
+        err = new_error()
         with ffi.from_buffer("char[]", host, require_writable=not to_region) as buffer:
             status = lib.kve_mem_copy(self._handle, handle, offset, buffer, len(buffer), int(to_region), err)
         if status:
@@ -476,272 +426,8 @@ class EngineChannel:
                 "peer_id": peer_id.encode()[:63],
             },
         )
-        out, err = ffi.new("kve_peer **"), _new_error()
+        out, err = ffi.new("kve_peer **"), new_error()
         status = lib.kve_peer_open(self._handle, params, out, err)
         if status:
             raise_status(err, "connect", peer=peer_id, status=status)
         return EnginePeer(out[0], self, peer_id)
-
-
-def _read_blob(call: Any, operation: str, peer: str | None = None) -> bytes:
-    """The two-call idiom: ask for the size, then for the bytes; a blob that grew in between is asked for again."""
-    room = 512
-    while True:
-        buffer, length, err = ffi.new("char[]", room), ffi.new("uint64_t *", room), _new_error()
-        status = call(buffer, length, err)
-        if status == 0:
-            return bytes(ffi.buffer(buffer, length[0]))
-        if status != Status.NO_RESOURCE or not room < length[0] <= _MOST_BLOB_BYTES:
-            raise_status(err, operation, peer=peer, status=status)
-        room = int(length[0])
-
-
-class EnginePeer:
-    """One link to a remote channel."""
-
-    __slots__ = ("__weakref__", "_closed", "_generation", "_handle", "channel", "peer_id")
-
-    def __init__(self, handle: Any, channel: EngineChannel, peer_id: str) -> None:
-        self._handle = handle
-        self._generation = _fork_generation
-        self._closed = False
-        self.channel = channel
-        self.peer_id = peer_id
-
-    def _check(self, operation: str) -> None:
-        if self._generation != _fork_generation:
-            raise _forked(operation)
-        if self._closed:
-            raise ClosedError("the peer is closed", operation=operation, peer=self.peer_id)
-
-    def describe(self) -> bytes:
-        """Returns the blob that the other side's connect needs.
-
-        Raises:
-            ConnectError: The provider cannot describe the link.
-        """
-        self._check("connect")
-        return _read_blob(
-            lambda buffer, length, err: lib.kve_peer_describe(self._handle, buffer, length, err),
-            "connect",
-            self.peer_id,
-        )
-
-    def connect(self, blob: bytes, timeout: float) -> None:
-        """Connects to the peer that ``blob`` describes. Blocks up to ``timeout`` seconds.
-
-        Raises:
-            ConnectError: It failed, or was interrupted; the link may only be closed then.
-            ConnectTimeout: No connection in time.
-        """
-        self._check("connect")
-        err = _new_error()
-        status = lib.kve_peer_connect(self._handle, blob, len(blob), max(1, _milliseconds(timeout)), err)
-        if status:
-            raise_status(err, "connect", peer=self.peer_id, status=status)
-
-    def interrupt(self) -> None:
-        """Makes a blocked :meth:`connect` fail soon, where the provider can."""
-        if self._generation == _fork_generation:
-            lib.kve_peer_interrupt(self._handle)
-
-    def check(self) -> None:
-        """Checks the data path. Never blocks.
-
-        Raises:
-            PeerLost: It is dead; says why.
-            ClosedError: This side closed it.
-        """
-        self._check("check")
-        err = _new_error()
-        status = lib.kve_peer_check(self._handle, err)
-        if status and status != Status.UNSUPPORTED:
-            raise_status(err, "check", peer=self.peer_id, status=status)
-
-    def close(self, status: int = Status.LINK_DOWN, message: str = "", grace: float = 1.0) -> None:
-        """Closes the link; its transfers end with ``status`` and ``message``. Blocks up to about ``grace`` seconds.
-
-        Idempotent, and harmless in a child process.
-        """
-        if self._generation != _fork_generation:
-            return
-        self._closed = True
-        lib.kve_peer_close(self._handle, status, message.encode()[:400], _milliseconds(grace))
-
-    def __del__(self) -> None:
-        if getattr(self, "_generation", None) == _fork_generation:
-            if not self._closed:
-                lib.kve_peer_close(self._handle, Status.CANCELLED, b"the peer object was dropped", 100)
-            lib.kve_peer_release(self._handle)
-
-    def rmem_open(self, blob: bytes, nbytes: int, access: int, timeout: float) -> int:
-        """Imports a region of the peer. May block up to ``timeout`` seconds.
-
-        Args:
-            blob: What the peer's mem_export returned.
-            nbytes: The region's bytes as the peer published them; transfers are checked against them.
-            access: READ and WRITE, or-ed, as published.
-            timeout: Seconds.
-
-        Returns:
-            The handle, as RANGE takes it.
-
-        Raises:
-            ConnectError: The blob is not acceptable, or the peer did not answer in time.
-            PeerLost: The link is dead.
-        """
-        self._check("import region")
-        out, err = ffi.new("uint32_t *"), _new_error()
-        status = lib.kve_rmem_open(
-            self._handle, blob, len(blob), nbytes, access, max(1, _milliseconds(timeout)), out, err
-        )
-        if status:
-            raise_status(err, "import region", peer=self.peer_id, status=status)
-        return int(out[0])
-
-    def rmem_close(self, handle: int, timeout: float) -> None:
-        """Lets go of a region that the peer withdraws: cancels transfers that use it and waits for them.
-
-        Raises:
-            BusyError: Still in use after ``timeout`` seconds; close the peer.
-        """
-        self._check("close region")
-        err = _new_error()
-        status = lib.kve_rmem_close(self._handle, handle, _milliseconds(timeout), err)
-        if status:
-            raise_status(err, "close region", peer=self.peer_id, status=status)
-
-    def submit(
-        self,
-        op: int,
-        ranges: npt.NDArray[np.void],
-        stream: int = 0,
-        timeout: float | None = None,
-        notify: bool = False,
-    ) -> EngineTransfer:
-        """Starts a transfer. Never blocks; the array may change or go as soon as this returned.
-
-        Args:
-            op: PUT or GET.
-            ranges: One-dimensional C-contiguous array of RANGE; read in place.
-            stream: The caller's device stream, or 0.
-            timeout: Deadline in seconds from now; None takes the channel's default.
-            notify: Report the end through the channel's event descriptor.
-
-        Raises:
-            RangeError: The array has another dtype or layout, or a range is outside its region or overflows.
-            PeerLost: The link is dead.
-            ClosedError: This side closed it.
-            UnsupportedError: The provider cannot do that here.
-        """
-        if self._generation != _fork_generation:
-            raise _forked(_OPERATIONS[op])
-        try:
-            if ranges.dtype != RANGE or ranges.ndim != 1:
-                check_ranges(ranges)
-            pointer = ffi.from_buffer("kvl_range[]", ranges)
-        except (AttributeError, BufferError, ValueError, TypeError):
-            check_ranges(ranges)
-            raise
-        scratch = _take_scratch()
-        status = lib.kve_submit(
-            self._handle,
-            op,
-            pointer,
-            len(pointer),
-            stream,
-            0 if timeout is None else max(1, _milliseconds(timeout)),
-            _NOTIFY if notify else 0,
-            scratch.handle,
-            scratch.err,
-        )
-        if status:
-            if self._closed:
-                raise ClosedError("the peer is closed", operation=_OPERATIONS[op], peer=self.peer_id)
-            raise_status(scratch.err, _OPERATIONS[op], peer=self.peer_id, status=status)
-        transfer = EngineTransfer(scratch.handle[0], self.channel.provider)
-        _scratches.append(scratch)
-        return transfer
-
-
-class EngineTransfer:
-    """One submitted array of ranges. It goes on when this object is dropped."""
-
-    __slots__ = ("__weakref__", "_generation", "_handle", "_provider")
-
-    def __init__(self, handle: Any, provider: EngineProvider) -> None:
-        self._handle = handle
-        self._provider = provider
-        self._generation = _fork_generation
-
-    @property
-    def id(self) -> int:
-        """The number that :meth:`EngineChannel.drain` reports."""
-        if self._generation != _fork_generation:
-            raise _forked("id")
-        return int(lib.kve_transfer_id(self._handle))
-
-    def done(self) -> bool:
-        """Whether it finished, well or not. Never blocks."""
-        if self._generation != _fork_generation:
-            raise _forked("done")
-        return bool(lib.kve_transfer_done(self._handle))
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits until it finished.
-
-        Args:
-            timeout: Seconds; None waits for its end, which its own deadline bounds.
-
-        Returns:
-            True when it finished, well or not.
-        """
-        if self._generation != _fork_generation:
-            raise _forked("wait")
-        left = _MAX_MS if timeout is None else _milliseconds(timeout)
-        # Slices, not a clock: each full slice slept is at least its length, so the sum cannot fall short.
-        while left > _SLICE_MS:
-            if lib.kve_transfer_wait(self._handle, _SLICE_MS):
-                return True
-            if timeout is not None:
-                left -= _SLICE_MS
-        return bool(lib.kve_transfer_wait(self._handle, left))
-
-    def notify(self) -> None:
-        """Report its end through the channel's event descriptor; at once when it has finished."""
-        if self._generation != _fork_generation:
-            raise _forked("notify")
-        lib.kve_transfer_notify(self._handle)
-
-    def cancel(self) -> None:
-        """Asks for its end; it still finishes once, with its true status."""
-        if self._generation != _fork_generation:
-            raise _forked("cancel")
-        lib.kve_transfer_cancel(self._handle)
-
-    def result(self) -> EngineResult:
-        """Returns how it ended; status AGAIN while it has not.
-
-        Raises:
-            EngineError: The engine does not know it.
-        """
-        if self._generation != _fork_generation:
-            raise _forked("result")
-        out = ffi.new("kve_result *", {"struct_size": ffi.sizeof("kve_result")})
-        status = lib.kve_transfer_result(self._handle, out)
-        if status not in (Status.OK, Status.AGAIN):
-            raise EngineError(f"no result: status {status}", operation="result")
-        return EngineResult(
-            status=int(out.status),
-            path=self._provider.path_name(out.path),
-            vendor_code=int(out.vendor_code),
-            nbytes=int(out.bytes),
-            ranges=int(out.ranges),
-            duration=out.duration_ns / 1e9,
-            site=c_text(out.site),
-            message=c_text(out.message),
-        )
-
-    def __del__(self) -> None:
-        if self._generation == _fork_generation:
-            lib.kve_transfer_release(self._handle)

@@ -1,8 +1,9 @@
 """Which providers are installed, which of them this host can use, and which one ``auto`` takes.
 
 A distribution offers a provider through the entry-point group ``kvlink.channels``; the value is a
-:class:`ProviderSpec`. Listing reads names and versions only. Whether a host can use a provider is asked in a short-lived child process,
-because a vendor's library may print, change process-wide state or crash while it looks for its device.
+:class:`ProviderSpec`. Listing reads names and versions only. Whether a host can use a provider is asked in a
+short-lived child process, because a vendor's library may print, change process-wide state or crash while it looks for
+its device.
 """
 
 from __future__ import annotations
