@@ -22,7 +22,9 @@
 #include <utility>
 #include <vector>
 
+#pragma GCC visibility push(default)  // the C API is all that the library exports
 #include "engine.h"
+#pragma GCC visibility pop
 #include "handles.h"
 #include "loader.h"
 #include "process.h"
