@@ -1,7 +1,7 @@
 """The ``kvlink`` command.
 
-Subcommands are loaded when they are used: ``kvlink --help`` imports neither the engine nor a benchmark. Exit codes: 0 well,
-1 the answer is no (a probe, a failed test), 2 wrong input, 130 stopped with Ctrl-C.
+Subcommands are loaded when they are used: ``kvlink --help`` imports neither the engine nor a benchmark. Exit codes:
+0 well, 1 the answer is no (a probe, a failed test), 2 wrong input, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
