@@ -1,0 +1,271 @@
+"""All pulls of one decoder's worker: ordering, renewing, cancelling, reporting. Nothing here blocks an engine step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from kvlink_vllm import wire
+from kvlink_vllm.links import Link, Links
+from kvlink_vllm.log import get_logger
+from kvlink_vllm.metadata import Read, Track
+from kvlink_vllm.pull import Pull, Puller, PullError, describe
+from kvlink_vllm.settings import Settings
+
+logger = get_logger()
+
+_IDS_A_NOTICE = 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a pull ended.
+
+    Attributes:
+        read: What was to be pulled.
+        failure: None, or the phase that failed.
+        reason: For people; empty when it went well.
+        record: Numbers for the log and the trace.
+    """
+
+    read: Read
+    failure: str | None
+    reason: str
+    record: dict[str, Any]
+
+
+class Pulls:
+    """Runs pulls on background threads.
+
+    Args:
+        links: Connections.
+        puller: Runs one pull.
+        settings: The connector's settings.
+        rank: This worker's rank, which picks the address.
+        executor: Threads for pulls.
+        notices: Thread for notices to prefillers.
+        report: Gets each outcome, on the thread of the pull.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        puller: Puller,
+        settings: Settings,
+        rank: int,
+        executor: ThreadPoolExecutor,
+        notices: ThreadPoolExecutor,
+        report: Callable[[Outcome], None],
+    ) -> None:
+        self._links = links
+        self._puller = puller
+        self._settings = settings
+        self._rank = rank
+        self._executor = executor
+        self._notices = notices
+        self._report = report
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._active: dict[str, Pull] = {}
+        # Requests that still want a hand-off, and where: the last one to let go says done. Requests of one
+        # parent (n > 1) share a hand-off.
+        self._wanted: dict[tuple[str, str], set[str]] = {}
+        self._request: dict[str, tuple[str, str]] = {}
+        self._outcomes: deque[Outcome] = deque()
+        self._lease = settings.lease
+        self._closed = False
+        self._renewer: threading.Thread | None = None
+
+    def track(self, track: Track) -> None:
+        """Connects ahead of the pull and keeps the lease alive while the request queues.
+
+        Args:
+            track: The request.
+        """
+        address = track.addresses[self._rank]
+        self._want(track.request_id, address, track.handoff)
+        self._links.get(address).add_done_callback(
+            lambda future: None if future.exception() else self._renew_new(future.result(), address, track.handoff)
+        )
+
+    def start(self, read: Read) -> None:
+        """Starts a pull; its outcome is among those of a later ``take``.
+
+        Args:
+            read: What to pull.
+        """
+        now = time.monotonic()
+        pull = Pull(read, read.addresses[self._rank], now, now + self._settings.pull_timeout)
+        with self._lock:
+            self._active[read.request_id] = pull
+        try:
+            self._want(read.request_id, pull.address, read.handoff)
+            self._links.get(pull.address).add_done_callback(lambda future: self._submit(pull, future))
+        except Exception as error:  # such as no more threads: vLLM waits for this request, so it must end
+            self._finish(pull, PullError("connect", describe(error)))
+
+    def drop(self, request_id: str) -> None:
+        """Lets a hand-off go that will not be pulled.
+
+        Args:
+            request_id: The request that wanted it.
+        """
+        self._release(request_id)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Cancels the pulls of requests that ended; each still gets its outcome once nothing writes any more.
+
+        Args:
+            request_ids: Requests that ended; most have no pull.
+        """
+        for request_id in request_ids:
+            pull = self._active.get(request_id)
+            if pull is not None:
+                pull.cancel()
+            elif request_id in self._request:
+                self._release(request_id)
+
+    def ready(self, handoff: str) -> None:
+        """Wakes pulls that came before the prefiller knew their hand-off.
+
+        Args:
+            handoff: The hand-off that is there now.
+        """
+        with self._lock:
+            for pull in self._active.values():
+                if pull.read.handoff == handoff:
+                    pull.wake.set()
+
+    def take(self) -> list[Outcome]:
+        """Returns the outcomes since the last call, each once."""
+        outcomes = []
+        while self._outcomes:
+            outcomes.append(self._outcomes.popleft())
+        return outcomes
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many pulls run and how many requests hold a hand-off."""
+        with self._lock:
+            return {"pulls": len(self._active), "wanted": len(self._request)}
+
+    def close(self) -> None:
+        """Cancels everything; the threads end by themselves."""
+        with self._lock:
+            self._closed = True
+            pulls = list(self._active.values())
+            self._changed.notify_all()
+        for pull in pulls:
+            pull.cancel()
+
+    # On background threads -------------------------------------------------------------------------------------------
+
+    def _submit(self, pull: Pull, future: Future[Link]) -> None:
+        try:
+            self._executor.submit(self._run, pull, future)
+        except RuntimeError as error:  # shut down meanwhile
+            self._finish(pull, PullError("cancelled", str(error)))
+
+    def _run(self, pull: Pull, future: Future[Link]) -> None:
+        failure: PullError | None = None
+        try:
+            pull.record["wait_seconds"] = time.monotonic() - pull.begin
+            error = future.exception()
+            if error is not None:
+                raise PullError("connect", describe(error))
+            pull.left("connect")
+            self._lease = min(self._lease, future.result().lease)
+            self._puller.run(pull, future.result())
+        except PullError as error:
+            failure = error
+        except Exception as error:
+            logger.exception("kvlink: request %s: unexpected error in its pull", pull.read.request_id)
+            failure = PullError("transfer", describe(error))
+        self._finish(pull, failure)
+
+    def _finish(self, pull: Pull, failure: PullError | None) -> None:
+        read = pull.read
+        pull.record["total_seconds"] = time.monotonic() - pull.begin
+        outcome = Outcome(read, failure.phase if failure else None, str(failure or ""), pull.record)
+        with self._lock:
+            self._active.pop(read.request_id, None)
+        # The outcome goes first: the engine may be waiting for it; the prefiller can free its blocks a moment later.
+        self._outcomes.append(outcome)
+        self._release(read.request_id)
+        try:
+            self._report(outcome)
+        except Exception:
+            logger.exception("kvlink: request %s: its pull could not be reported", read.request_id)
+
+    def _want(self, request_id: str, address: str, handoff: str) -> None:
+        with self._lock:
+            if request_id in self._request or self._closed:
+                return
+            self._request[request_id] = (address, handoff)
+            self._wanted.setdefault((address, handoff), set()).add(request_id)
+            if self._renewer is None:
+                self._renewer = threading.Thread(target=self._renew_all, name="kvlink-renew", daemon=True)
+                self._renewer.start()
+            self._changed.notify_all()
+
+    def _release(self, request_id: str) -> None:
+        """Takes a request off its hand-off; when it was the last, the prefiller is told on a background thread."""
+        with self._lock:
+            key = self._request.pop(request_id, None)
+            if key is None:
+                return
+            requests = self._wanted[key]
+            requests.discard(request_id)
+            if requests:
+                return
+            del self._wanted[key]
+        address, handoff = key
+        link = self._links.connected(address)
+        if link is not None:
+            self._tell(link, wire.Done([handoff]))
+
+    def _renew_new(self, link: Link, address: str, handoff: str) -> None:
+        """First contact: the short lease before it becomes a full one. If the request is gone already, it is over."""
+        with self._lock:
+            wanted = (address, handoff) in self._wanted
+        message: Any = wire.Renew([handoff]) if wanted else wire.Done([handoff])
+        self._lease = min(self._lease, link.lease)
+        self._tell(link, message)
+
+    def _tell(self, link: Link, message: Any) -> None:
+        try:
+            self._notices.submit(_notify, link, message)
+        except RuntimeError as error:  # shut down meanwhile: the lease runs out by itself
+            logger.debug("kvlink: %s not sent: %s", type(message).__name__, error)
+
+    def _renew_all(self) -> None:
+        """Renews at a third of the lease while anything is wanted; sleeps for good otherwise."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                if not self._wanted:
+                    self._changed.wait()
+                    continue
+                self._changed.wait_for(lambda: self._closed, timeout=self._lease / 3)
+                if self._closed:
+                    return
+                by_address: dict[str, list[str]] = {}
+                for address, handoff in self._wanted:
+                    by_address.setdefault(address, []).append(handoff)
+            for address, handoffs in by_address.items():
+                link = self._links.connected(address)
+                if link is not None:
+                    for start in range(0, len(handoffs), _IDS_A_NOTICE):
+                        _notify(link, wire.Renew(handoffs[start : start + _IDS_A_NOTICE]))
+
+
+def _notify(link: Link, message: Any) -> None:
+    try:
+        link.peer.notify(wire.encode(message))
+    except Exception as error:
+        logger.debug("kvlink: %s was not told %s: %s", link.peer.address, type(message).__name__, describe(error))
