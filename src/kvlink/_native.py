@@ -36,7 +36,16 @@ def _package_folders() -> list[Path]:
     return folders
 
 
-def _find_header(installed: str, in_tree: str) -> Path:
+def find_header(installed: str, in_tree: str) -> Path:
+    """Returns the path of one of kvlink's C headers.
+
+    Args:
+        installed: Its place below the package folder.
+        in_tree: Its place below a checkout's root.
+
+    Raises:
+        ChannelUnavailableError: It is in neither; names every place searched.
+    """
     candidates = [folder / installed for folder in _package_folders()]
     candidates += [folder.parent.parent / in_tree for folder in _package_folders()]
     for candidate in candidates:
@@ -54,7 +63,7 @@ def get_include() -> str:
     Raises:
         ChannelUnavailableError: This installation has no header.
     """
-    return str(_find_header("include/kvlink/provider.h", "include/kvlink/provider.h").parent.parent)
+    return str(find_header("include/kvlink/provider.h", "include/kvlink/provider.h").parent.parent)
 
 
 def declarations(header: str) -> str:
@@ -75,7 +84,7 @@ def declarations(header: str) -> str:
 def _make_ffi() -> Any:
     ffi = cffi.FFI()
     ffi.cdef(declarations(Path(get_include(), "kvlink", "provider.h").read_text(encoding="utf-8")))
-    ffi.cdef(declarations(_find_header("_native/engine.h", "src/engine/engine.h").read_text(encoding="utf-8")))
+    ffi.cdef(declarations(find_header("_native/engine.h", "src/engine/engine.h").read_text(encoding="utf-8")))
     return ffi
 
 
