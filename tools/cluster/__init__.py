@@ -21,6 +21,7 @@ from types import TracebackType
 from tools.cluster.client import Completion, HttpError
 from tools.cluster.engine import SERVED_NAME, Engine, EngineSpec, Proxy, Server, kvlink_config
 from tools.cluster.process import Port, Process, ProcessFailedError
+from tools.cluster.trace import Pull, PullTrace
 
 __all__ = [
     "SERVED_NAME",
@@ -33,6 +34,8 @@ __all__ = [
     "Process",
     "ProcessFailedError",
     "Proxy",
+    "Pull",
+    "PullTrace",
     "Server",
     "kvlink_config",
 ]

@@ -129,20 +129,24 @@ class Server(Process):
             self._port.release()
         return status == 200
 
-    def metrics(self) -> dict[str, float]:
-        """Return the sums over labels of its Prometheus samples.
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a Prometheus metric's samples that carry the given labels; 0 when there are none.
+
+        Args:
+            name: Of the sample, as in "vllm:prompt_tokens_total".
+            **labels: Labels that a sample must have.
 
         Raises:
             OSError: The server cannot be reached.
         """
         _, text = client.get(f"{self.url}/metrics", timeout=30)
-        values: dict[str, float] = {}
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        total = 0.0
         for line in text.splitlines():
-            if line and not line.startswith("#"):
-                sample, _, value = line.rpartition(" ")
-                name = sample.partition("{")[0]
-                values[name] = values.get(name, 0.0) + float(value)
-        return values
+            sample, _, value = line.rpartition(" ")
+            if sample.partition("{")[0] == name and all(label in sample for label in wanted):
+                total += float(value)
+        return total
 
     def complete(self, prompt: str | list[int], **extra: Any) -> Completion:
         """Ask for a greedy completion; see :func:`tools.cluster.client.complete`."""
@@ -176,11 +180,9 @@ class Proxy(Server):
         args: Sequence[str] = (),
     ) -> None:
         port = Port()
-        command = [sys.executable, "-m", "kvlink_proxy", "--host", "127.0.0.1", "--port", str(port.number)]
+        command = [sys.executable, "-m", "kvlink_proxy.cli", "--host", "127.0.0.1", "--port", str(port.number)]
         for role, servers in (("prefiller", prefills), ("decoder", decodes)):
-            command += [f"--{role}-host", ",".join("127.0.0.1" for _ in servers)]
-            command += [f"--{role}-port", ",".join(str(server.port) for server in servers)]
-            command += [f"--num-{role}s", str(len(servers))]
+            command += [f"--{role}", ",".join(server.url for server in servers)]
         log = log_dir / f"{name}.log"
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         super().__init__(name, [*command, *args], port, env=env, log=log)
