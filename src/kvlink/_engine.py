@@ -225,7 +225,7 @@ class EngineChannel:
         with self._drain_lock:
             while True:
                 count = lib.kve_channel_drain(self._handle, self._drain_ids, _DRAIN_ROOM)
-                finished += self._drain_ids[0:count]
+                finished += ffi.unpack(self._drain_ids, count)
                 if count < _DRAIN_ROOM:
                     return finished
 
@@ -244,11 +244,8 @@ class EngineChannel:
             raise_status(err, "close channel", status=status)
 
     def __del__(self) -> None:
-        if getattr(self, "_generation", None) != _forks.generation:
-            return  # never opened completely, or a child's copy
-        if not self._closed:
-            lib.kve_channel_close(self._handle, 100, ffi.NULL)
-        lib.kve_channel_release(self._handle)
+        if getattr(self, "_generation", None) == _forks.generation:
+            lib.kve_channel_release(self._handle)  # closes it when it is open
 
     def statistics(self) -> EngineStatistics:
         """Returns the engine's counters.

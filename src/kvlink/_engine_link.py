@@ -28,12 +28,11 @@ _NOTIFY = 1
 class _Scratch:
     """Output parameters of one call in flight, used again by later calls; ``err`` is clean while it is in the list."""
 
-    __slots__ = ("err", "handle", "length")
+    __slots__ = ("err", "handle")
 
     def __init__(self) -> None:
-        self.err = ffi.new("kvl_error *", {"struct_size": ffi.sizeof("kvl_error")})
+        self.err = new_error()
         self.handle = ffi.new("kve_transfer **")
-        self.length = ffi.new("uint64_t *")
 
 
 _scratches: list[_Scratch] = []
@@ -120,9 +119,7 @@ class EnginePeer:
 
     def __del__(self) -> None:
         if getattr(self, "_generation", None) == _forks.generation:
-            if not self._closed:
-                lib.kve_peer_close(self._handle, Status.CANCELLED, b"the peer object was dropped", 100)
-            lib.kve_peer_release(self._handle)
+            lib.kve_peer_release(self._handle)  # closes it in the background when it is open
 
     def rmem_open(self, blob: bytes, nbytes: int, access: int, timeout: float) -> int:
         """Imports a region of the peer. May block up to ``timeout`` seconds.
@@ -208,6 +205,8 @@ class EnginePeer:
         if status:
             if self._closed:
                 raise ClosedError("the peer is closed", operation=_OPERATIONS[op], peer=self.peer_id)
+            if status == Status.DENIED:  # at submit: a range that its regions do not allow; later: one withdrawn since
+                status = Status.INVALID
             raise_status(scratch.err, _OPERATIONS[op], peer=self.peer_id, status=status)
         transfer = EngineTransfer(scratch.handle[0], self.channel.provider)
         _scratches.append(scratch)

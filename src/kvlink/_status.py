@@ -108,6 +108,7 @@ _BY_OPERATION: Mapping[str, _Map] = MappingProxyType(
         "close channel": MappingProxyType({Status.TIMEOUT: EngineError}),
     }
 )
+_REVOKED_SITE = "region_close"  # the engine's mark on transfers that a closing region stopped
 _HINTS: Mapping[Status, str] = MappingProxyType(
     {
         Status.LINK_DOWN: "connect again to go on",
@@ -149,6 +150,8 @@ def status_error(
     Returns:
         The exception, to be raised by the caller.
     """
+    if status == Status.CANCELLED and site == _REVOKED_SITE:
+        return RegionRevoked(message, operation=operation, peer=peer, hint="its owner closed a region meanwhile")
     name = Status(status).name if status in Status._value2member_map_ else f"status {status}"
     return exception_class(status, operation)(
         message or f"failed with {name}",

@@ -1,4 +1,7 @@
+import shutil
+import subprocess
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +31,17 @@ def distributions(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_specs", {})
     monkeypatch.setattr(registry, "_probes", {})
     return Distributions(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def loop_library(tmp_path_factory):
+    """The loop provider, compiled against the header that this kvlink ships."""
+    from kvlink._native import get_include
+
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler, "a C compiler is needed to build the tests' provider"
+    library = tmp_path_factory.mktemp("loop") / "libloop.so"
+    source = Path(__file__).with_name("loop_provider.c")
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, "-I", get_include(), "-o", library, source], check=True)
+    return library

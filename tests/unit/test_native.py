@@ -59,7 +59,7 @@ def test_cffi_and_the_compiler_agree_on_every_struct(tmp_path):
         for field, _ in ffi.typeof(struct).fields:
             lines.append(f'printf("%zu\\n", offsetof({struct}, {field}));')
             expected.append(ffi.offsetof(struct, field))
-    engine_header = _native._find_header("_native/engine.h", "src/engine/engine.h")
+    engine_header = _native.find_header("_native/engine.h", "src/engine/engine.h")
     source = tmp_path / "layout.c"
     source.write_text(
         f'#include <stdio.h>\n#include "{engine_header}"\nint main(void) {{\n' + "\n".join(lines) + "\nreturn 0; }\n"
