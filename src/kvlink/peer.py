@@ -66,7 +66,10 @@ class _Regions(Mapping[str, RemoteRegion]):
         self._peer = peer
 
     def __getitem__(self, name: str) -> RemoteRegion:
-        return self._peer.imported[name]
+        try:
+            return self._peer.imported[name]
+        except KeyError:
+            raise KeyError(self._peer.explain_missing(name)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._peer.imported)
@@ -101,7 +104,7 @@ class Peer:
         self.dialled = address
         self.imported: dict[str, RemoteRegion] = {}
         self._by_handle: dict[int, RemoteRegion] = {}
-        self._import_errors: dict[str, KvlinkError] = {}
+        self._import_errors: dict[str, tuple[int, KvlinkError]] = {}
         self._session = session
         self._hub = hub
         self._link = link
@@ -309,7 +312,7 @@ class Peer:
                     raise self.failure("wait_region")
                 failed = self._import_errors.get(name)
                 if failed is not None:
-                    raise _again(failed, "wait_region", self.address)
+                    raise _again(failed[1], "wait_region", self.address)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise RequestTimeout(
@@ -347,12 +350,25 @@ class Peer:
         """Have the data path checked, for a transfer said that it is down. Internal."""
         self._hub.call(self._session.check)
 
+    def explain_missing(self, name: str) -> str:
+        """Return why there is no region of that name. Internal."""
+        failed = self._import_errors.get(name)
+        if failed is not None:
+            return f"{name}: published, but it cannot be used from here: {failed[1].message}"
+        return f"{name}: the peer publishes {', '.join(sorted(self.imported)) or 'no region'}"
+
     def add_region(self, region: RemoteRegion, remote_handle: int) -> None:
         """An import is done. Internal, control loop."""
         with self._change:
             self._by_handle[remote_handle] = region
             self._import_errors.pop(region.name, None)
             self.imported = {**self.imported, region.name: region}
+            self._change.notify_all()
+
+    def region_failed(self, name: str, remote_handle: int, error: KvlinkError) -> None:
+        """An import failed. Internal, control loop."""
+        with self._change:
+            self._import_errors[name] = (remote_handle, error)
             self._change.notify_all()
 
     def remove_region(self, remote_handle: int) -> RemoteRegion | None:
@@ -362,13 +378,10 @@ class Peer:
             if region is not None:
                 region.closed = True
                 self.imported = {name: other for name, other in self.imported.items() if other is not region}
+            for name, (handle, _) in list(self._import_errors.items()):
+                if handle == remote_handle:
+                    del self._import_errors[name]
             return region
-
-    def region_failed(self, name: str, error: KvlinkError) -> None:
-        """An import failed. Internal, control loop."""
-        with self._change:
-            self._import_errors[name] = error
-            self._change.notify_all()
 
     def ended(self, error: KvlinkError) -> None:
         """The connection has ended. Internal, control loop."""

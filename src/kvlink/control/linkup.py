@@ -88,7 +88,7 @@ class LinkAttempt:
             session = Session(hub, self._intro, self._link, self._role, self._session, self.published)
             if hub.may_submit(self._role):
                 for region in regions:
-                    await session.import_region(region, self.remaining)
+                    await session.take_region(region, self.remaining)
             connection.send(m.Done())
             if not waits_for_initiator:
                 self._expect_done(await answer)

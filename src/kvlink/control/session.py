@@ -165,23 +165,32 @@ class Session:
 
     # ---- the peer's regions ----
 
-    async def import_region(self, info: m.RegionInfo, timeout: float) -> None:
-        """Import a region of the peer; it is visible afterwards.
+    async def take_region(self, info: m.RegionInfo, timeout: float) -> None:
+        """Import a region of the peer; it is visible afterwards, or the reason why it is not.
 
         Raises:
-            KvlinkError: The provider cannot.
+            PeerLost: The link is dead.
         """
         if info.name in self.peer.regions:
             raise ProtocolError(f"the peer published two regions named {info.name!r}")
-        handle = await self._hub.offload_connect(self._link.rmem_open, info.blob, info.nbytes, info.access, timeout)
+        try:
+            handle = await self._hub.offload_connect(self._link.rmem_open, info.blob, info.nbytes, info.access, timeout)
+        except (PeerLost, ClosedError):
+            raise
+        except KvlinkError as error:
+            # Not every region of a peer is of use here: memory that a forced path cannot reach, for one.
+            self._hub.log.info("%s: cannot import region %r of %s: %s", self._hub.name, info.name, self.peer, error)
+            self.peer.region_failed(info.name, info.handle, error)
+            return
         self.peer.add_region(RemoteRegion(info.name, info.nbytes, info.access, info.device, handle), info.handle)
 
     async def _add_region(self, info: m.RegionInfo) -> None:
         try:
-            await self.import_region(info, IMPORT_SECONDS)
+            await self.take_region(info, IMPORT_SECONDS)
+        except ProtocolError as error:
+            self.lose(f"the peer broke the protocol: {error.message}")
         except KvlinkError as error:
-            self._hub.log.warning("%s: cannot import region %r of %s: %s", self._hub.name, info.name, self.peer, error)
-            self.peer.region_failed(info.name, error)
+            self.lose(error.message)
 
     async def _close_region(self, handle: int, timeout: float) -> None:
         region = self.peer.remove_region(handle)
