@@ -78,7 +78,7 @@ class EngineStatistics:
 
 
 class EngineResult(msgspec.Struct, frozen=True, gc=False):
-    """How a transfer ended. (A Struct because one is made for every transfer: a dataclass costs five times as much.)
+    """How a transfer ended. A Struct: one is made for every transfer, and a dataclass costs five times as much.
 
     Attributes:
         status: A :class:`Status`; ``AGAIN`` while it is unfinished.
