@@ -91,7 +91,8 @@ void Ledger::EngineClosing() {
     if (!link.second.closed) Say("core", "engine_close with a link open");
   }
   for (const auto &submit : submits_) {
-    Say("provider", "tag " + std::to_string(submit.first) + " was accepted and never completed");
+    Say("core|provider",
+        "tag " + std::to_string(submit.first) + " was accepted and its completion never taken from poll");
   }
 }
 
@@ -164,7 +165,10 @@ void Ledger::LinkClosing(const void *link) {
   if (!on()) return;
   std::lock_guard<std::mutex> lock(mutex_);
   Link &entry = links_[link];
-  for (const auto &rmem : entry.rmems) Say("core", "link_close with remote memory " + Hex(rmem.first) + " open");
+  // Remote memory under a submit that only link_close can end is closed with the link.
+  for (const auto &rmem : entry.rmems) {
+    if (rmem.second == 0) Say("core", "link_close with idle remote memory " + Hex(rmem.first) + " open");
+  }
   entry.closed = true;
 }
 

@@ -45,6 +45,10 @@ kvl_status SubmitNow(HookLink *link, uint32_t operation, const kvl_range *ranges
   }
   kvl_status status = P().submit(link->inner, operation, ranges, count, stream, tag, done, err);
   if (status == KVL_DONE) {
+    if (done->tag != tag) {
+      engine->ledger.Violation("provider", "submit returned DONE and did not fill the tag");
+      done->tag = tag;
+    }
     if (!Injure(engine, done)) {
       engine->down = true;
       P().wake(engine->inner);

@@ -1,0 +1,405 @@
+"""What a case gets: endpoints in this process and in others, connected pairs, and what the provider declares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import errors
+from .._engine import EngineChannel, EngineProvider
+from .._engine_types import Attributes, Capability
+from ..config import validate_options
+from ..registry import ProviderSpec, find
+from . import hook, resources
+from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
+from .layouts import round_up
+from .suite import ConformanceFailure, DeclaredSkip, Settings, check
+from .wire import ChildProcess, fresh_folder
+
+E = TypeVar("E", bound=BaseException)
+
+_SETTLE = 5.0
+"""Seconds that threads and descriptors of closed channels have to go."""
+
+
+@dataclass
+class Pair:
+    """Two connected endpoints: ``a`` is the initiator, ``b`` the acceptor.
+
+    Attributes:
+        a: The initiator.
+        b: The acceptor.
+        ab: The acceptor's id at the initiator.
+        ba: The initiator's id at the acceptor.
+    """
+
+    a: Endpoint
+    b: Endpoint
+    ab: str
+    ba: str
+
+    def side(self, initiator: bool) -> tuple[Endpoint, str, Endpoint]:
+        """Returns who acts, the other's id there, and the other."""
+        return (self.a, self.ab, self.b) if initiator else (self.b, self.ba, self.a)
+
+
+class Caught:
+    """What :meth:`Context.error` caught."""
+
+    error: errors.KvlinkError
+
+
+class Bench:
+    """What the cases of a run share: warm child processes, for starting one costs more than most cases, and what was
+    found out about the provider."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.idle: list[ChildProcess] = []
+        self._kinds: tuple[str, ...] | None = None
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What an open engine of the provider declares."""
+        return read_attributes(self.settings)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Returns the kinds of memory that the provider serves: "plain", "allocated", "device".
+
+        Raises:
+            ConformanceFailure: A kind that the settings demand is missing.
+        """
+        if self._kinds is None:
+            found = declared_kinds(self.attributes)
+            refusal = plain_refusal(self) if "plain" in found else None
+            if refusal is not None:
+                found.remove("plain")
+            check(found, f"the provider serves no kind of memory; plain memory: {refusal}")
+            for kind in self.settings.memory:
+                check(kind in found, f"{kind} memory must be served, but only {found} is; plain memory: {refusal}")
+            self._kinds = tuple(found)
+        return self._kinds
+
+    def take(self) -> ChildProcess:
+        """Returns a child with nothing open."""
+        while self.idle:
+            child = self.idle.pop()
+            if child.alive:
+                return child
+            child.kill()
+        return ChildProcess("kvlink.testing.agent")
+
+    def give(self, child: ChildProcess) -> None:
+        """Takes a child back after its agent was reset."""
+        self.idle.append(child)
+
+    def close(self) -> None:
+        """Ends all."""
+        for child in self.idle:
+            child.stop()
+        self.idle.clear()
+
+
+class Warnings(logging.Handler):
+    """Collects warnings of kvlink's loggers."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the text."""
+        self.texts.append(record.getMessage())
+
+
+class Context:
+    """Everything of one case. :meth:`close` ends what it made and checks that nothing is left."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.settings = bench.settings
+        self._bench = bench
+        self._locals: list[LocalEndpoint] = []
+        self._remotes: list[RemoteEndpoint] = []
+        self._cleanup: list[Callable[[], object]] = []
+        self._folder = fresh_folder()
+        self.folder = Path(self._folder.name)
+        self._idle_before = len(bench.idle)
+        self._before = resources.usage()
+
+    # ---- what is declared ----
+    @cached_property
+    def spec(self) -> ProviderSpec:
+        """The provider's description."""
+        return find(self.settings.provider)
+
+    @property
+    def attributes(self) -> Attributes:
+        """What an open engine of the provider declares."""
+        return self._bench.attributes
+
+    @property
+    def capabilities(self) -> Capability:
+        """What the provider claims."""
+        return self.attributes.capabilities
+
+    @property
+    def full(self) -> bool:
+        """Whether the long versions run."""
+        return self.settings.full
+
+    def align(self, nbytes: int) -> int:
+        """Rounds up to what the provider demands of ranges."""
+        return round_up(nbytes, max(1, self.attributes.alignment))
+
+    @property
+    def alignment(self) -> int:
+        """What offsets and lengths of ranges must be multiples of."""
+        return max(1, self.attributes.alignment)
+
+    def need(self, condition: object, reason: str) -> None:
+        """Skips the case for a reason that the provider declares.
+
+        Raises:
+            DeclaredSkip: The condition is false.
+        """
+        if not condition:
+            raise DeclaredSkip(reason)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of memory that the provider serves: "plain", "allocated", "device"."""
+        return self._bench.kinds()
+
+    @property
+    def kind(self) -> str:
+        """The kind of memory that a case uses when any will do."""
+        return self.kinds[0]
+
+    # ---- endpoints ----
+    def _defaults(self, through_hook: bool) -> dict[str, Any]:
+        settings = self.settings
+        options: dict[str, object] = dict(settings.options)
+        name = settings.provider
+        if through_hook or settings.through_hook:
+            name = hook.install(settings.provider)
+            options["hook_rendezvous"] = str(self.folder)
+            if settings.through_hook:
+                options.update(settings.hook_options)
+        return {"provider": name, "options": options, "device": settings.device}
+
+    def local(self, name: str = "a", *, through_hook: bool = False) -> LocalEndpoint:
+        """Makes an endpoint in this process."""
+        endpoint = LocalEndpoint(f"{name} (this process)", self._defaults(through_hook))
+        self._locals.append(endpoint)
+        return endpoint
+
+    def remote(self, name: str = "b", *, through_hook: bool = False, fresh: bool = False) -> RemoteEndpoint:
+        """Makes an endpoint in a child process.
+
+        Args:
+            name: For people.
+            through_hook: Wrap the provider in the hook.
+            fresh: A process of its own even when a warm one is there.
+        """
+        defaults = self._defaults(through_hook)
+        child = ChildProcess("kvlink.testing.agent") if fresh else self._bench.take()
+        endpoint = RemoteEndpoint(f"{name} (process {child.pid})", defaults, child)
+        self._remotes.append(endpoint)
+        if defaults["provider"] == "hook":
+            endpoint.call("install_hook", inner=self.settings.provider)
+        return endpoint
+
+    def endpoint(self, name: str, *, two_processes: bool, through_hook: bool = False) -> Endpoint:
+        """Makes an endpoint in this process or in a child."""
+        return (self.remote if two_processes else self.local)(name, through_hook=through_hook)
+
+    def pair(
+        self,
+        *,
+        two_processes: bool = False,
+        through_hook: bool = False,
+        nbytes: int = 1 << 20,
+        kinds: tuple[str, str] | None = None,
+        a: Mapping[str, Any] | None = None,
+        b: Mapping[str, Any] | None = None,
+        regions: bool = True,
+    ) -> Pair:
+        """Opens two endpoints, gives each a region ("a" with seed 1, "b" with seed 2), and connects a to b.
+
+        Args:
+            two_processes: Whether b runs in a child.
+            through_hook: Wrap the provider in the hook on both sides.
+            nbytes: Bytes of both regions.
+            kinds: Kinds of their memory; None takes the provider's first.
+            a: Settings of a's channel.
+            b: Settings of b's channel.
+            regions: Make the regions.
+        """
+        first = self.local("a", through_hook=through_hook)
+        second = self.endpoint("b", two_processes=two_processes, through_hook=through_hook)
+        first.open(**(a or {}))
+        address = second.open(**(b or {}))
+        if regions:
+            nbytes = round_up(nbytes, max(1, self.attributes.memory_alignment))
+            for endpoint, name, seed, kind in zip(
+                (first, second), "ab", (1, 2), kinds or (self.kind, self.kind), strict=True
+            ):
+                endpoint.memory(name, nbytes, seed, kind=kind, alignment=self.attributes.memory_alignment)
+        return self.join(first, second, address)
+
+    def join(self, a: Endpoint, b: Endpoint, address: str, *, timeout: float = 10.0) -> Pair:
+        """Connects a to b and waits until b has the connection too."""
+        known = set(b.call("peers"))
+        peer = a.connect(address, timeout=timeout)
+        found = resources.until(
+            lambda: [key for key, state in b.call("peers").items() if state == "connected" and key not in known],
+            lambda ids: len(ids) == 1,
+            timeout,
+            lambda ids: f"the acceptor has {len(ids)} new peers instead of 1",
+        )
+        return Pair(a, b, peer, found[0])
+
+    def round_trip(self, pair: Pair) -> None:
+        """Moves a little both ways between regions "a" and "b" and compares both regions in full."""
+        size = self.align(1000)
+        pair.a.fill("a", 1)
+        pair.b.fill("b", 2)
+        pair.a.call("wait_region", peer=pair.ab, name="b")
+        if Capability.PUT in self.capabilities:
+            pair.a.transfer("put", pair.ab, "a", "b", [(0, size, size)])
+            pair.b.verify("b", 2, [(size, 1, 0, size)])
+        if Capability.GET in self.capabilities:
+            pair.b.fill("b", 2)
+            pair.a.transfer("get", pair.ab, "a", "b", [(3 * size, 0, size)])
+            pair.a.verify("a", 1, [(3 * size, 2, 0, size)])
+
+    @contextmanager
+    def error(self, *kinds: type[errors.KvlinkError], operation: str | None = None) -> Iterator[Caught]:
+        """Expects one of these errors, with a text that helps.
+
+        Args:
+            *kinds: Error classes.
+            operation: What ``error.operation`` has to be; None only asks that there is one.
+
+        Raises:
+            ConformanceFailure: None came, or one without text or operation.
+        """
+        caught = Caught()
+        try:
+            yield caught
+        except kinds as error:
+            caught.error = error
+            check_error(error)
+            if operation is not None:
+                check(error.operation == operation, f"operation is {error.operation!r}, not {operation!r}: {error}")
+            return
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ConformanceFailure(f"no {names} was raised")
+
+    def later(self, function: Callable[[], object]) -> None:
+        """Calls ``function`` when the case is over, before the endpoints go."""
+        self._cleanup.append(function)
+
+    # ---- the end ----
+    def close(self, *, failed: bool) -> None:
+        """Ends everything that the case made.
+
+        Args:
+            failed: The case failed already; what is left then is no further finding.
+
+        Raises:
+            ConformanceFailure: A descriptor or a thread of this process is left, or closing failed.
+        """
+        problems: list[str] = []
+        while self._cleanup:
+            self._cleanup.pop()()
+        for endpoint in self._locals:
+            problems += endpoint.dispose()
+        for remote in self._remotes:
+            problems += self._dispose_remote(remote)
+        self._folder.cleanup()
+        if failed:
+            return
+        check(not problems, f"closing failed: {'; '.join(problems)}")
+        self.check_nothing_left()
+
+    def _dispose_remote(self, remote: RemoteEndpoint) -> list[str]:
+        if not remote.child.alive:
+            remote.child.kill()
+            return []
+        try:
+            problems = list(remote.call("reset"))
+        except ConformanceFailure as error:
+            remote.child.kill()
+            return [str(error)]
+        self._bench.give(remote.child)
+        return problems
+
+    def check_nothing_left(self) -> None:
+        """Fails when this process has more descriptors or threads than before the case."""
+        for what in ("descriptors", "threads"):
+            # Children in the pool have two pipes and a file each, and a reader thread here.
+            extra = (len(self._bench.idle) - self._idle_before) * (3 if what == "descriptors" else 1)
+            limit = self._before[what] + extra
+            resources.until(
+                lambda what=what: resources.usage()[what],  # type: ignore[misc]
+                lambda now, limit=limit: now <= limit,  # type: ignore[misc]
+                _SETTLE,
+                lambda now, what=what, limit=limit: f"{now} {what} are open instead of {limit}",  # type: ignore[misc]
+            )
+
+
+def check_error(error: errors.KvlinkError) -> None:
+    """Fails when an error does not say what a user needs."""
+    check(str(error).strip(), f"{type(error).__name__} has no text")
+    check(error.operation, f"{type(error).__name__} names no operation: {error}")
+
+
+def read_attributes(settings: Settings) -> Attributes:
+    """Opens an engine of the provider just to read what it declares."""
+    spec = find(settings.provider)
+    provider = EngineProvider.load(spec.library_path())
+    channel = EngineChannel.open(provider, options=validate_options(spec, settings.options), device=settings.device)
+    attributes = channel.attributes
+    channel.close()
+    mask = str(settings.hook_options.get("hook_mask", "")) if settings.through_hook else ""
+    hidden = Capability(0)
+    for name in filter(None, mask.split(",")):
+        hidden |= Capability[name]
+    return replace(attributes, capabilities=attributes.capabilities & ~hidden)
+
+
+def declared_kinds(attributes: Attributes) -> list[str]:
+    """Returns the kinds of memory that the attributes name."""
+    kinds = ["plain"] if attributes.memory_kinds & 1 else []
+    if Capability.ALLOCATE in attributes.capabilities:
+        if attributes.memory_kinds & 1:
+            kinds.append("allocated")
+        if attributes.memory_kinds & 2:
+            check(Capability.COPY in attributes.capabilities, "device memory without COPY cannot be tested")
+            kinds.append("device")
+    return kinds
+
+
+def plain_refusal(bench: Bench) -> str | None:
+    """Returns the text with which the provider answers UNSUPPORTED to a peer's plain memory, or None when it serves it.
+
+    A path that moves shared memory only (an option of the provider may ask for it) says so in this way.
+    """
+    context = Context(bench)
+    try:
+        one, two = context.local("a"), context.local("b")
+        one.open()
+        address = two.open()
+        two.memory("plain", max(4096, bench.attributes.memory_alignment), 1, alignment=bench.attributes.memory_alignment)
+        one.wait_region(one.connect(address), "plain")
+    except errors.UnsupportedError as error:
+        return str(error)
+    finally:
+        context.close(failed=True)
+    return None

@@ -1,0 +1,61 @@
+"""What a process holds: descriptors, threads, mappings, memory; and waiting for a condition."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from .suite import ConformanceFailure
+
+T = TypeVar("T")
+
+_POLL = 0.005
+
+
+def until(read: Callable[[], T], good: Callable[[T], bool], timeout: float, describe: Callable[[T], str]) -> T:
+    """Waits until what ``read`` returns is good.
+
+    Args:
+        read: Looks at the state.
+        good: Whether that is what is waited for.
+        timeout: Seconds.
+        describe: Says what is wrong with it.
+
+    Returns:
+        The good state.
+
+    Raises:
+        ConformanceFailure: It was not good in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        state = read()
+        if good(state):
+            return state
+        if time.monotonic() > deadline:
+            raise ConformanceFailure(f"{describe(state)} after {timeout:g} s")
+        time.sleep(_POLL)
+
+
+def usage() -> dict[str, int]:
+    """Returns open descriptors, threads, mappings and resident KiB of this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")) - 1,
+        "threads": int(fields["Threads"]),
+        "mappings": Path("/proc/self/maps").read_text(encoding="utf-8").count("\n"),
+        "resident_kib": int(fields["VmRSS"].split()[0]),
+    }
+
+
+def hold_gil(seconds: float) -> None:
+    """Sleeps while holding the interpreter lock: a foreign call that does not release it."""
+    library = ctypes.PyDLL(None)
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        library.usleep(ctypes.c_uint(min(int(left * 1e6) + 1, 900_000)))
