@@ -123,21 +123,23 @@ class EngineChannel:
         "__weakref__",
         "_closed",
         "_drain_ids",
-        "_drain_lock",
+        "_lock",
         "_generation",
         "_handle",
         "attributes",
         "event_fd",
         "provider",
+        "unwritable",
     )
 
     def __init__(self, handle: Any, provider: EngineProvider) -> None:
         self._handle = handle
         self._generation = _forks.generation
         self._closed = False
-        self._drain_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._drain_ids = ffi.new("uint64_t[]", _DRAIN_ROOM)
         self.provider = provider
+        self.unwritable: frozenset[int] = frozenset()  # handles of memory that this process itself may not write
         self.attributes = self._query()
         self.event_fd = int(lib.kve_channel_event_fd(handle))
 
@@ -222,7 +224,7 @@ class EngineChannel:
         if self._generation != _forks.generation:
             raise _forks.forked("drain")
         finished: list[int] = []
-        with self._drain_lock:
+        with self._lock:
             while True:
                 count = lib.kve_channel_drain(self._handle, self._drain_ids, _DRAIN_ROOM)
                 finished += ffi.unpack(self._drain_ids, count)
@@ -304,7 +306,7 @@ class EngineChannel:
         if self._generation == _forks.generation:
             lib.kve_mem_free(self._handle, address)
 
-    def mem_open(self, address: int, nbytes: int, kind: int, device: int, access: int) -> int:
+    def mem_open(self, address: int, nbytes: int, kind: int, device: int, access: int, *, writable: bool = True) -> int:
         """Registers memory.
 
         Args:
@@ -313,6 +315,7 @@ class EngineChannel:
             kind: HOST or DEVICE.
             device: Device index; -1 for host memory.
             access: READ and WRITE, or-ed: what peers may do.
+            writable: Whether this process may write it; if not, a get into it is refused.
 
         Returns:
             The handle, as RANGE takes it.
@@ -337,7 +340,11 @@ class EngineChannel:
         status = lib.kve_mem_open(self._handle, desc, out, err)
         if status:
             raise_status(err, "register", status=status)
-        return int(out[0])
+        handle = int(out[0])
+        if not writable:
+            with self._lock:
+                self.unwritable |= {handle}
+        return handle
 
     def mem_export(self, handle: int) -> bytes:
         """Returns the blob a peer needs to address registered memory.
@@ -365,6 +372,9 @@ class EngineChannel:
         status = lib.kve_mem_close(self._handle, handle, milliseconds(timeout), err)
         if status:
             raise_status(err, "close region", status=status)
+        if handle in self.unwritable:
+            with self._lock:
+                self.unwritable -= {handle}
 
     def mem_copy(self, handle: int, offset: int, host: Any, *, to_region: bool) -> None:
         """Copies between host memory and registered memory that the CPU cannot touch. Blocks.

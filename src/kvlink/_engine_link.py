@@ -11,7 +11,7 @@ from . import _forks
 from ._calls import MAX_MS, milliseconds, new_error, read_blob
 from ._engine_types import EngineResult
 from ._native import ffi, lib
-from ._ranges import RANGE, check_ranges
+from ._ranges import RANGE, check_ranges, refuse_unwritable
 from ._status import Status, c_text, raise_status
 from .errors import ClosedError, EngineError
 
@@ -191,6 +191,8 @@ class EnginePeer:
         except (AttributeError, BufferError, ValueError, TypeError):
             check_ranges(ranges)
             raise
+        if op == GET and self.channel.unwritable:
+            refuse_unwritable(ranges, self.channel.unwritable)
         scratch = _take_scratch()
         status = lib.kve_submit(
             self._handle,

@@ -21,6 +21,7 @@ SPEC = ProviderSpec(
         ),
         Option("streams", "int", 2, "TCP connections per peer"),
         Option("tcp_host", "str", None, "host that TCP data connections use; default: the control listener's"),
+        Option("tcp_port", "int", None, "port of the TCP data listener; default: a free one"),
         Option("threads", "int", 0, "extra copy threads; 0 chooses"),
         Option("copy_slice", "size", None, "bytes copied at most in one go before other transfers get their turn"),
         Option("bind_host", "str", None, "set by the core: host of the control listener"),

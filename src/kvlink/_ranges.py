@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,3 +88,16 @@ def check_ranges(array: Any) -> None:
         raise RangeError(f"ranges has shape {array.shape}; {expected}")
     if not array.flags.c_contiguous:
         raise RangeError(f"ranges is a strided view; {expected}: pass numpy.ascontiguousarray(ranges)")
+
+
+def refuse_unwritable(array: npt.NDArray[np.void], handles: Collection[int]) -> None:
+    """Refuses a get into memory that this process may not write.
+
+    Raises:
+        RangeError: A range does so; names the first.
+    """
+    bad = np.isin(array["mem"], list(handles))
+    if bad.any():
+        raise RangeError(
+            f"range {int(bad.argmax())}: a get would write into a region of read-only memory", operation="get"
+        )

@@ -198,6 +198,20 @@ def test_access_that_was_not_published(provider):
         assert link.peer.submit(GET, whole(link)).wait(LONG)
 
 
+def test_a_get_into_memory_that_this_process_may_not_write(provider):
+    with opened(provider) as link:
+        frozen = bytes(64)
+        address = np.frombuffer(frozen, np.uint8).ctypes.data
+        mem = link.channel.mem_open(address, 64, HOST, -1, READ, writable=False)
+        array = np.concatenate([whole(link), ranges(mem, link.rmem, [[0, 0, 64]])])
+        assert link.peer.submit(PUT, array).wait(LONG)
+        with pytest.raises(errors.RangeError, match=r"range 1.*read-only"):
+            link.peer.submit(GET, array)
+        assert frozen == bytes(64)
+        link.channel.mem_close(mem, LONG)
+        assert link.peer.submit(GET, whole(link)).wait(LONG)
+
+
 def test_stream_without_the_capability(provider):
     with opened(provider) as link, pytest.raises(errors.UnsupportedError, match="stream"):
         link.peer.submit(PUT, whole(link), stream=1)
