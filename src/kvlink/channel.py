@@ -254,7 +254,9 @@ class Channel:
             self._reserved.add(name)
         try:
             view = make()
-            handle = self._engine.mem_open(view.address, view.nbytes, view.kind, view.device, bits)
+            handle = self._engine.mem_open(
+                view.address, view.nbytes, view.kind, view.device, bits, writable=not view.readonly
+            )
             try:
                 blob = self._engine.mem_export(handle)
                 region = Region(
