@@ -10,7 +10,8 @@ from ..channel import Channel
 from ..region import Region
 from ._limits import Memory
 
-_PAGE = 4096
+# The name of the target's region.
+REGION = "bench"
 
 
 @dataclass

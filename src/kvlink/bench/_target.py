@@ -14,12 +14,11 @@ from typing import Any
 
 import kvlink
 
+from ..errors import KvlinkError
 from . import _limits
 from ._limits import REMOTE
-from ._memory import make_buffer
+from ._memory import REGION, make_buffer
 from ._plan import Plan
-
-REGION = "bench"
 
 
 class Target:
@@ -98,12 +97,16 @@ def main() -> int:
         The exit status.
     """
     plan = Plan(**json.loads(sys.argv[1]))
-    _limits.allow_process_vm()
-    with kvlink.open("host", options={"path": plan.path}) as channel:
-        target = Target(plan, channel)
-        print(json.dumps(target.hello()), flush=True)
-        for line in sys.stdin:
-            print(json.dumps(target.obey(json.loads(line))), flush=True)
+    try:
+        _limits.allow_process_vm()
+        with kvlink.open("host", options={"path": plan.path}) as channel:
+            target = Target(plan, channel)
+            print(json.dumps(target.hello()), flush=True)
+            for line in sys.stdin:
+                print(json.dumps(target.obey(json.loads(line))), flush=True)
+    except KvlinkError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 1
     return 0
 
 

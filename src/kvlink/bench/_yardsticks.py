@@ -65,7 +65,7 @@ class TargetProcess:
         """Waits for the answer to the last command.
 
         Raises:
-            BenchError: The process ended.
+            BenchError: The process failed or ended.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -73,6 +73,8 @@ class TargetProcess:
             code = self._process.wait()
             raise BenchError(f"the target process ended with status {code}", operation="bench")
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchError(f"the target process: {answer['error']}", operation="bench")
         return answer
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
