@@ -323,10 +323,9 @@ def value(prefix: list[int], layer: int) -> float:
 
 def prefill(engine: FakeEngine, request_id: str, tokens: list[int], **changes: Any) -> dict[str, Any]:
     """Runs a prefill until its answer is there and returns the answer's parameters; the blocks stay held."""
-    engine.add(
-        Request(request_id, tokens, {"do_remote_decode": True, "do_remote_prefill": False, **changes.pop("p", {})}, **changes)
-    )
+    engine.add(Request(request_id, tokens, {"do_remote_decode": True, "do_remote_prefill": False}, **changes))
     engine.run(until=lambda: request_id in engine.answers)
+    engine.step()  # vLLM steps on; this one tells the workers
     answer = engine.answers[request_id]
     assert answer is not None
     return answer

@@ -178,7 +178,7 @@ class Pulls:
             if error is not None:
                 raise PullError("connect", describe(error))
             pull.left("connect")
-            self._lease = min(self._lease, future.result().lease)
+            self._shorten(future.result())
             self._puller.run(pull, future.result())
         except PullError as error:
             failure = error
@@ -233,8 +233,15 @@ class Pulls:
         with self._lock:
             wanted = (address, handoff) in self._wanted
         message: Any = wire.Renew([handoff]) if wanted else wire.Done([handoff])
-        self._lease = min(self._lease, link.lease)
+        self._shorten(link)
         self._tell(link, message)
+
+    def _shorten(self, link: Link) -> None:
+        """Renews often enough for the prefiller with the shortest lease."""
+        with self._lock:
+            if link.lease < self._lease:
+                self._lease = link.lease
+                self._changed.notify_all()
 
     def _tell(self, link: Link, message: Any) -> None:
         try:
@@ -251,9 +258,9 @@ class Pulls:
                 if not self._wanted:
                     self._changed.wait()
                     continue
-                self._changed.wait_for(lambda: self._closed, timeout=self._lease / 3)
-                if self._closed:
-                    return
+                lease = self._lease
+                if self._changed.wait_for(lambda: self._closed or self._lease < lease, timeout=lease / 3):
+                    continue
                 by_address: dict[str, list[str]] = {}
                 for address, handoff in self._wanted:
                     by_address.setdefault(address, []).append(handoff)

@@ -108,7 +108,7 @@ class KVLinkWorker:
         )
         channel.on_request = self._server.on_request
         channel.on_notify = self._on_notify
-        channel.on_peer_lost = lambda peer, _error: self._server.on_peer_lost(peer) if self._server else None
+        channel.on_peer_lost = self._on_peer_lost
         logger.info(
             "kvlink: rank %d: channel %s at %s, %d blocks of %d bytes in %d region(s), %s",
             self._rank,
@@ -181,8 +181,8 @@ class KVLinkWorker:
 
     def counts(self) -> dict[str, int]:
         """Returns what is held right now: leases, blocks under lease, pulls, hand-offs wanted."""
-        held = self._table.snapshot() if self._table else {}
-        return {**held, **(self._pulls.counts() if self._pulls else {})}
+        held = {} if self._table is None else self._table.snapshot()
+        return {**held, **({} if self._pulls is None else self._pulls.counts())}
 
     def close(self) -> None:
         """Ends all leases and pulls and closes the channel."""
@@ -226,6 +226,10 @@ class KVLinkWorker:
                 self._pulls.ready(notice.id)
         elif self._server is not None:
             self._server.on_notify(peer, notice)
+
+    def _on_peer_lost(self, peer: Any, error: Exception) -> None:
+        if self._server is not None:
+            self._server.on_peer_lost(peer)
 
     def _count(self, outcome: Outcome) -> None:
         read, record = outcome.read, outcome.record
