@@ -6,6 +6,7 @@ print goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -39,6 +40,8 @@ def main() -> int:
     os.dup2(2, 1)
     text = json.dumps(answer(sys.argv[1])) + "\n"
     os.write(out, text.encode())
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)  # what a vendor library printed through stdio
     # No atexit, no destructors: a vendor library that crashes on unload must not spoil its answer.
     os._exit(0)
 

@@ -35,7 +35,15 @@ _log = logging.getLogger("kvlink.config")
 ENVIRONMENT_PREFIX = "KVLINK_"
 OPTION_PREFIX = "KVLINK_OPTION_"
 # Variables with the prefix that are not this module's: those of the loader, and namespaces of the tools around.
-_FOREIGN = ("KVLINK_NATIVE_DIR", "KVLINK_VLLM_", "KVLINK_LMCACHE_", "KVLINK_PROXY_", "KVLINK_BENCH_", "KVLINK_TEST_")
+_FOREIGN = (
+    "KVLINK_NATIVE_DIR",
+    "KVLINK_VLLM_",
+    "KVLINK_LMCACHE_",
+    "KVLINK_PROXY_",
+    "KVLINK_BENCH_",
+    "KVLINK_HOOK_",
+    "KVLINK_TEST_",
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,9 @@ class ChannelConfig:
                     f"unknown environment variable {variable}", hint=_nearest(variable, [*known, OPTION_PREFIX + "..."])
                 )
             if key in ("secret", "secret_file"):
-                continue  # _build takes them, after what the base names
+                values.pop("secret", None)  # the base's; _build reads the environment's
+                values.pop("secret_file", None)
+                continue
             if key == "options":
                 options.update(_json_mapping(variable, text))
             else:

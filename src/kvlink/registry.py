@@ -339,7 +339,7 @@ def _run_probe(name: str, timeout: float) -> ProbeResult:
             answer, output = child.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             _kill_session(child)
-            _, output = child.communicate()
+            output = _last_words(child)
             return ProbeResult(name, False, f"its probe did not answer within {timeout:g} s", _tail(output))
         except BaseException:
             _kill_session(child)
@@ -353,6 +353,15 @@ def _kill_session(child: subprocess.Popen[str]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def _last_words(child: subprocess.Popen[str]) -> str:
+    """What a killed child printed. A grandchild in a session of its own may keep the pipe open: it is not awaited."""
+    try:
+        return child.communicate(timeout=5)[1]
+    except subprocess.TimeoutExpired as error:
+        kept = error.stderr or b""
+        return kept.decode(errors="replace") if isinstance(kept, bytes) else kept
 
 
 def _read_answer(name: str, code: int, answer: str, output: str) -> ProbeResult:

@@ -202,6 +202,14 @@ def test_environment_typo():
         ChannelConfig.from_env({"KVLINK_IDENTITY": "{"})
 
 
+def test_environment_secret_replaces_the_base(tmp_path):
+    path = secret_file(tmp_path)
+    for base in ({"secret": "base"}, {"secret_file": str(path)}):
+        assert ChannelConfig.from_env({"KVLINK_SECRET": "new"}, base=base).secret == b"new"
+        assert ChannelConfig.from_env({"KVLINK_SECRET_FILE": str(path)}, base=base).secret == b"s3cret"
+    assert ChannelConfig.from_env({}, base={"secret": "base"}).secret == b"base"
+
+
 # ---- secrets ----
 def test_secret_is_in_no_text(tmp_path):
     config = ChannelConfig.from_mapping({"secret": "TOPSECRET"}, environ={})

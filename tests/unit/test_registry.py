@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -175,12 +176,15 @@ def test_probe_of_an_unknown_channel():
         probe("no_such_channel")
 
 
-def test_probe_says_why_not_and_keeps_the_answer(distributions):
-    child(distributions, "dry", "print('vendor chatter')\nreturn '/nowhere/lib.so'")
+def test_probe_says_why_not_and_keeps_the_answer(distributions, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    chatter = "print('vendor chatter')\nimport ctypes\nctypes.CDLL(None).printf(b'stdio chatter')"
+    child(distributions, "dry", chatter + "\nreturn '/nowhere/lib.so'")
     result = probe("dry")
     assert not result.usable
     assert "/nowhere/lib.so is missing" in result.reason
     assert "vendor chatter" in result.output
+    assert "stdio chatter" in result.output
     assert probe("dry") is result
     assert probe("dry", refresh=True) is not result
 
@@ -224,15 +228,33 @@ with open({str(pids)!r}, 'a') as file:
 time.sleep(600)""",
     )
     started = time.monotonic()
-    result = probe("hangs", timeout=3)
+    result = probe("hangs", timeout=6)
     assert time.monotonic() - started < 60
     assert not result.usable
-    assert "within 3 s" in result.reason
+    assert "within 6 s" in result.reason
     for pid in pids.read_text().split():
         deadline = time.monotonic() + 30
         while _alive(int(pid)):
             assert time.monotonic() < deadline, f"process {pid} survived"
             time.sleep(0.01)
+
+
+def test_a_grandchild_that_escapes_does_not_hold_the_caller(distributions, tmp_path):
+    pids = tmp_path / "pids"
+    child(
+        distributions,
+        "escapes",
+        f"""import os, time
+if os.fork() == 0:
+    os.setsid()
+    with open({str(pids)!r}, 'w') as file:
+        file.write(str(os.getpid()))
+time.sleep(60)""",
+    )
+    started = time.monotonic()
+    assert not probe("escapes", timeout=6).usable
+    assert time.monotonic() - started < 40
+    os.kill(int(pids.read_text()), signal.SIGKILL)
 
 
 def _alive(pid):
