@@ -30,7 +30,7 @@ class Proxy:
         self.listener = listen()
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = ThreadServer(app, self.listener)
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False, verify=False)
 
     def wait_checked(self) -> None:
         """Wait until every engine had its first health check."""
@@ -61,14 +61,17 @@ def events_of(text: str) -> list[Any]:
 @pytest.fixture
 def engines() -> Iterator[Callable[..., FakeEngine]]:
     """Make fake engines: ``engines("prefill", delay=1)``."""
+    made: list[FakeEngine] = []
     with ExitStack() as stack:
 
         def make(role: str, **behaviour: Any) -> FakeEngine:
-            engine = FakeEngine(role, **behaviour)
-            stack.callback(engine.stop)
-            return engine
+            made.append(FakeEngine(role, **behaviour))
+            stack.callback(made[-1].stop)
+            return made[-1]
 
         yield make
+        for engine in made:
+            engine.ask_to_stop()
 
 
 @pytest.fixture

@@ -262,8 +262,7 @@ class Answer:
                     choice |= {"delta": {"content": word}} if self.chat else {"text": word, "logprobs": None}
                     extra = {"kv_transfer_params": {"remote_host": "secret"}} if how.leak_params else {}
                     yield event({**self._head(True), "choices": [choice], **extra})
-                if how.token_delay:
-                    await asyncio.sleep(how.token_delay)
+                await asyncio.sleep(how.token_delay)
             if (self.body.get("stream_options") or {}).get("include_usage"):
                 yield event({**self._head(True), "choices": [], "usage": self.usage})
             if not how.no_done:
@@ -302,6 +301,11 @@ class FakeEngine:
             self._server.stop()
             self._server = None
 
+    def ask_to_stop(self) -> None:
+        """Begin to stop, so that several engines do it at once."""
+        if self._server is not None:
+            self._server.ask_to_stop()
+
     def start_again(self) -> None:
         self.socket = listen(self.port)
         self._server = ThreadServer(make_app(self.engine), self.socket)
@@ -321,8 +325,11 @@ class ThreadServer:
         with contextlib.suppress(SystemExit):
             asyncio.run(self.server.serve(sockets=[listener]))
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
         self.server.should_exit = True
+
+    def stop(self) -> None:
+        self.ask_to_stop()
         self.thread.join(15)
         assert not self.thread.is_alive(), "the server did not stop"
 

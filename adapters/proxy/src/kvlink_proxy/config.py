@@ -46,7 +46,7 @@ class ProxyConfig:
     chunk_timeout: float = 120.0
     answer_timeout: float = 1800.0
     client_timeout: float = 60.0
-    lease_seconds: float = 20.0
+    lease_seconds: float = 8.0
     health_interval: float = 2.0
     health_timeout: float = 5.0
     cooldown: float = 5.0

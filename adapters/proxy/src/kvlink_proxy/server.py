@@ -101,6 +101,6 @@ def run(config: ProxyConfig) -> int:
     logger.info("prefill: %s; decode: %s", ", ".join(config.prefillers), ", ".join(config.decoders))
     try:
         server.run()  # on uvloop where it is installed
-    except SystemExit as stop:  # uvicorn's way to say that it cannot listen; the reason is in the log
-        return int(stop.code or 0) if isinstance(stop.code, int) else 1
+    except SystemExit:  # uvicorn's way to say that it cannot listen; the reason is in the log
+        return 1
     return 0 if server.started else 1

@@ -35,7 +35,9 @@ def make_client(config: ProxyConfig) -> httpx.AsyncClient:
     Returns:
         The client. Proxy settings of the environment are not followed: engines are near.
     """
+    tls = any(url.startswith("https:") for url in (*config.prefillers, *config.decoders))
     transport = httpx.AsyncHTTPTransport(
+        verify=tls,  # reading the certificates takes longer than the rest of the start
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
         socket_options=[(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
     )
