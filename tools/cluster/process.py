@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,21 @@ class Process:
             ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
+    def pause(self) -> None:
+        """Stop the tree with SIGSTOP: it uses no CPU until :meth:`resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused tree go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        for pid in self.pids():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
     def tail(self, lines: int = 25) -> str:
         """Return the last lines of the log, indented."""
         with self.log.open(encoding="utf-8", errors="replace") as log:
@@ -133,20 +149,13 @@ class Process:
         try:
             self._guard.wait(guard.STOP_SECONDS + 5)
         except subprocess.TimeoutExpired:
-            for pid in [*self.pids(), self._guard.pid]:
-                try:
-                    os.kill(pid, 9)
-                except ProcessLookupError:
-                    pass
+            self._signal(signal.SIGKILL)
+            self._guard.kill()
             self._guard.wait(10)
 
     def kill(self) -> None:
         """Kill the whole tree with SIGKILL, as a crash of the host would. Idempotent."""
-        for pid in self.pids():
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                pass
+        self._signal(signal.SIGKILL)
         self.stop()
 
     def __enter__(self) -> Process:

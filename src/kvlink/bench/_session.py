@@ -34,6 +34,7 @@ class Session:
         stack: Closes everything at its end.
 
     Attributes:
+        channel: This process's channel.
         local: This process's buffer.
         twin: Where shm is measured, another one, like the target's: the far end of the copy limit.
         target: The other process.
@@ -50,7 +51,7 @@ class Session:
     def __init__(self, plan: Plan, stack: ExitStack) -> None:
         self.plan = plan
         self.target = stack.enter_context(TargetProcess(plan))
-        channel = stack.enter_context(kvlink.open("host", options={"path": plan.path}))
+        self.channel = channel = stack.enter_context(kvlink.open("host", options={"path": plan.path}))
         self.local: Buffer = make_buffer(channel, plan.path, plan.buffer_bytes, "local")
         # Only the copy limit needs a far end in this process.
         self.twin: Memory = (

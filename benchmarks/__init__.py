@@ -1,0 +1,1 @@
+"""What ``make bench`` measures, and the thresholds it holds the figures against."""

@@ -1,0 +1,63 @@
+"""Figures with their thresholds, and how they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure.
+
+    Attributes:
+        name: What was measured.
+        value: The figure.
+        unit: Of the figure and its bounds; "" for a ratio.
+        at_most: Upper bound, or None.
+        at_least: Lower bound, or None. Without either bound the figure is for information.
+        note: What it was compared with, its spread.
+    """
+
+    name: str
+    value: float
+    unit: str = ""
+    at_most: float | None = None
+    at_least: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the figure is within its bounds; None when it has none."""
+        if self.at_most is None and self.at_least is None:
+            return None
+        return not (
+            (self.at_most is not None and self.value > self.at_most)
+            or (self.at_least is not None and self.value < self.at_least)
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the check as JSON would hold it."""
+        return {
+            "name": self.name,
+            "value": float(f"{self.value:.5g}"),
+            "unit": self.unit,
+            "at_most": self.at_most,
+            "at_least": self.at_least,
+            "passed": self.passed,
+            "note": self.note,
+        }
+
+    def line(self) -> str:
+        """Return the check as one line of a table."""
+        bound = "" if self.passed is None else f"<= {self.at_most:g}" if self.at_most is not None else ""
+        if self.at_least is not None:
+            bound = f">= {self.at_least:g}"
+        verdict = {True: "ok", False: "MISSED", None: ""}[self.passed]
+        return f"{self.name:<58}{self.value:>11.4g} {self.unit:<7}{bound:<10}{verdict:<7} {self.note}".rstrip()
+
+
+def print_table(checks: Iterable[Check]) -> None:
+    """Print the checks, one a line."""
+    for check in checks:
+        print(check.line(), flush=True)
