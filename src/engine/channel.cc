@@ -122,6 +122,7 @@ void run_teardown(kve_channel &channel, uint32_t grace_ms) noexcept {
   {
     Lock lock(channel.mutex);
     channel.stop_thread = true;
+    channel.changed.notify_all();
   }
   wake(channel);
   {

@@ -11,6 +11,10 @@ namespace {
 
 // What a provider may need beyond the grace it was given before its transfers are ended without it.
 constexpr uint32_t kSlackMs = 300;
+// How long a cancel may take before the link is closed under it.
+constexpr uint32_t kDrainMs = 100;
+// Between looks for the completions of a closed link.
+constexpr uint32_t kPollMs = 20;
 
 // A call on a peer's link by an API function; refuses when the peer is lost.
 class PeerCall {
@@ -84,6 +88,11 @@ void run_closer(kve_peer &peer) noexcept {
     Lock lock(channel.mutex);
     channel.changed.wait(lock, [&] { return peer.calls == 0; });
     grace_ms = peer.grace_ms;
+    // Cancelled submits usually come back at once; then every imported region can be closed before the link.
+    const uint32_t drain_ms = channel.can(KVL_CAP_CANCEL) ? std::min(grace_ms / 2, kDrainMs) : 0;
+    const uint64_t start = now_ns();
+    channel.changed.wait_until(lock, time_point(after_ms(start, drain_ms)), [&peer] { return peer.live.empty(); });
+    grace_ms -= std::min(grace_ms, static_cast<uint32_t>((now_ns() - start) / kMillisecond));
   }
   close_idle_remotes(peer);
   channel.api->link_close(peer.link, grace_ms);
@@ -96,12 +105,18 @@ void run_closer(kve_peer &peer) noexcept {
       // Their handles stay taken; they can no longer be used.
     }
   }
-  wake(channel);  // its last completions wait in poll
-  Lock lock(channel.mutex);
-  const auto drained = [&peer] { return peer.live.empty(); };
-  if (!channel.changed.wait_until(lock, time_point(after_ms(now_ns(), grace_ms + kSlackMs)), drained)) {
-    force_end_locked(peer);  // the provider broke its promise; nothing touches the memory any more
+  // Its last completions wait in poll. This thread fetches them too, in case the engine thread hangs in wait.
+  wake(channel);
+  const uint64_t give_up = after_ms(now_ns(), grace_ms + kSlackMs);
+  for (;;) {
+    drive(channel, false);
+    Lock lock(channel.mutex);
+    if (peer.live.empty() || now_ns() >= give_up) break;
+    channel.changed.wait_until(lock, time_point(std::min(give_up, after_ms(now_ns(), kPollMs))),
+                               [&peer] { return peer.live.empty(); });
   }
+  Lock lock(channel.mutex);
+  force_end_locked(peer);  // of a provider that broke its promise; nothing touches the memory any more
   peer.closed = true;
   auto &peers = channel.peers;
   const auto found = std::find_if(peers.begin(), peers.end(), [&peer](const auto &p) { return p.get() == &peer; });

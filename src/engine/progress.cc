@@ -72,6 +72,22 @@ void run_timers_locked(kve_channel &channel, uint64_t now, Deferred &later) noex
   channel.next_timer_ns = next;
 }
 
+// Sleeps in the provider until it has work. An engine that is down is only looked at now and then: its wait may return
+// at once for ever.
+void sleep(kve_channel &channel, uint64_t until_ns) noexcept {
+  {
+    Lock lock(channel.mutex);
+    if (channel.down != KVL_OK) {
+      channel.changed.wait_until(lock, time_point(now_ns() + kDownPauseNs), [&channel] { return channel.stop_thread; });
+      return;
+    }
+  }
+  const uint64_t now = now_ns();
+  if (until_ns <= now) return;
+  const uint64_t left_ms = (until_ns - now + kMillisecond - 1) / kMillisecond;
+  channel.api->wait(channel.engine, static_cast<uint32_t>(std::min<uint64_t>(left_ms, kLongestWaitMs)));
+}
+
 }  // namespace
 
 Drive drive(kve_channel &channel, bool wait_for_lock) noexcept {
@@ -145,18 +161,13 @@ void run_engine(kve_channel &channel) noexcept {
       until = channel.next_timer_ns;
       if (!channel.blocked.empty()) until = std::min(until, now + kRetryNs);
       if (drove == Drive::kMore) until = 0;
-      if (channel.down != KVL_OK) until = std::max(until == kForever ? 0 : until, now + kDownPauseNs);
       stop = channel.stop_thread;
       channel.sleep_until_ns = until;
     }
     later.wake = false;  // this thread is the one that would be woken
     run(channel, later);
     if (stop) break;
-    const uint64_t now = now_ns();
-    if (until > now) {
-      const uint64_t left_ms = (until - now + kMillisecond - 1) / kMillisecond;
-      channel.api->wait(channel.engine, static_cast<uint32_t>(std::min<uint64_t>(left_ms, kLongestWaitMs)));
-    }
+    sleep(channel, until);
     Lock lock(channel.mutex);
     channel.sleep_until_ns = 0;
   }
