@@ -116,7 +116,11 @@ class Puller:
         remote = self._remote_blocks(read, claim, link)
         local = np.asarray(read.blocks, dtype=np.int64)
         pull.record["claim_seconds"] = time.monotonic() - begin
-        ranges = build_ranges(kvlink.RANGE, self._layout, self._handles, link.planes, link.handles, local, remote)
+        # vLLM hands freed blocks out again in falling order; sorted, such runs are neighbours that can be joined.
+        order = np.argsort(remote)
+        ranges = build_ranges(
+            kvlink.RANGE, self._layout, self._handles, link.planes, link.handles, local[order], remote[order]
+        )
         self._transfer(pull, link, ranges)
         self._confirm(pull, link, claim)
         if self._settings.verify:
