@@ -13,9 +13,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ._engine import Attributes, Capability
+from ._native import get_include
 from ._pool import BufferPool, Lease, PoolStatistics
 from ._ranges import RANGE, ranges
 from .channel import Channel, open, open_from_config
@@ -118,10 +117,3 @@ __all__ = [
     "ranges",
 ]
 
-
-def get_include() -> str:
-    """Return the folder that contains ``kvlink/provider.h``, for building a provider."""
-    installed = Path(__file__).parent / "include"
-    if installed.is_dir():
-        return str(installed)
-    return str(Path(__file__).parents[2] / "include")

@@ -82,7 +82,9 @@ class Transfer:
         """
         if not self._engine.wait(timeout):
             return False
-        self.result()
+        raw = self._engine.result()
+        if raw.status != Status.OK:
+            raise self._failure(raw)
         return True
 
     def result(self) -> TransferResult:

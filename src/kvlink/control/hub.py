@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import socket
 import threading
@@ -111,6 +112,7 @@ class Hub:
         self._regions: dict[int, m.RegionInfo] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self._watch_lock = threading.Lock()
+        self._order_lock = threading.Lock()
         self._watched: dict[int, tuple[Transfer, list[Hook]]] = {}
         self._closing = False
         prefix = f"kvlink-{self.name}"
@@ -304,7 +306,7 @@ class Hub:
                 raise
         assert failure is not None
         raise ConnectError(
-            failure.strerror or str(failure),
+            os.strerror(failure.errno) if failure.errno else str(failure),
             operation="connect",
             peer=str(target),
             site="connect",
@@ -415,8 +417,30 @@ class Hub:
             hook()
 
     def drain(self) -> None:
-        """Take up the transfers that have ended."""
-        for number in self.engine.drain():
+        """Take up the transfers that have ended; any thread.
+
+        Taking and posting are one step under a lock that nothing waits under, so that what is posted to the loop keeps
+        the order in which transfers ended and users called.
+        """
+        with self._order_lock:
+            finished = self.engine.drain()
+            if finished:
+                self.call(self._report_all, finished)
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Run a function on the loop, behind the hooks of all transfers that have ended by now; any thread.
+
+        Raises:
+            ClosedError: The channel has ended.
+        """
+        with self._order_lock:
+            finished = self.engine.drain()
+            if finished:
+                self.call(self._report_all, finished)
+            self.loop.call(function, *args)
+
+    def _report_all(self, numbers: list[int]) -> None:
+        for number in numbers:
             self._report(number)
 
     def _report(self, number: int) -> None:

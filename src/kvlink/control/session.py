@@ -89,8 +89,7 @@ class Session:
     # ---- from users, by way of the loop ----
 
     def send_notify(self, body: bytes) -> None:
-        """Send a notification, behind those of transfers that have completed by now."""
-        self._hub.drain()
+        """Send a notification."""
         if not self.ended:
             self._connection.send(m.Notify(body))
 
@@ -99,7 +98,6 @@ class Session:
         if self.ended:
             reply.set_exception(self.peer.failure("request"))
             return
-        self._hub.drain()
         number = self._next_request
         self._next_request += 1
         self._replies[number] = reply
