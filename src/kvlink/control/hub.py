@@ -101,7 +101,7 @@ class Hub:
         self.log = logging.getLogger("kvlink")
         self.sessions: dict[bytes, Session] = {}
         self.lingering: set[Session] = set()
-        self.offering: dict[bytes, int] = {}
+        self.offering: set[bytes] = set()
         self.accepting: dict[bytes, bytes] = {}
         self.peers: dict[str, Peer] = {}  # replaced, never changed: any thread may read it
         self.dropped_notifications = 0
@@ -294,7 +294,7 @@ class Hub:
                 await self.loop.loop.sock_connect(sock, sockaddr)
                 sockets.tune(sock, self.limits.peer_timeout)
                 sockets.refuse_loopback_advertisement(sock, self.advertise)
-                return await asyncio.open_connection(sock=sock)
+                return await self.loop.open_stream(sock)
             except ConnectError:
                 sock.close()
                 raise

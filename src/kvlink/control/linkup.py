@@ -169,7 +169,7 @@ async def initiate(hub: Hub, intro: Introduced, deadline: float) -> Session:
         if session is not None:
             intro.connection.close()
             return session
-        if hub.yields_to(intro.peer_id):
+        if hub.yields_to(intro.peer_id) or intro.peer_id in hub.offering:
             await hub.changed(LAST_RETRY)
             continue
         outcome = await _offer(hub, intro, deadline, dead)
@@ -193,7 +193,9 @@ async def _offer(hub: Hub, intro: Introduced, deadline: float, dead: list[bytes]
     attempt = LinkAttempt(hub, intro, _engine.INITIATOR, session_id, deadline)
     peer = intro.hello.address
     async with hub.connect_slot():
-        hub.offering[intro.peer_id] = hub.offering.get(intro.peer_id, 0) + 1
+        if intro.peer_id in hub.offering or intro.peer_id in hub.sessions:
+            return m.Busy(0, "another call of this side connects to the same channel")
+        hub.offering.add(intro.peer_id)
         try:
             blob = await attempt.prepare()
             connection.send(m.Offer(session_id, _ms(attempt.remaining), blob, attempt.published, dead))
@@ -208,10 +210,9 @@ async def _offer(hub: Hub, intro: Introduced, deadline: float, dead: list[bytes]
             connection.send(m.Go(_ms(attempt.remaining)))
             return await attempt.open(answer.link, answer.regions, connects=True)
         finally:
-            hub.offering[intro.peer_id] -= 1
-            if not hub.offering[intro.peer_id]:
-                del hub.offering[intro.peer_id]
+            hub.offering.discard(intro.peer_id)
             attempt.dispose()
+            hub.announce_change()
 
 
 async def accept(hub: Hub, intro: Introduced) -> Session | None:

@@ -84,7 +84,7 @@ class Listener:
             sockets.adopt(sock)
             sockets.tune(sock, self._hub.limits.peer_timeout)
             sockets.refuse_loopback_advertisement(sock, self._hub.advertise)
-            reader, writer = await asyncio.open_connection(sock=sock)
+            reader, writer = await self._hub.loop.open_stream(sock)
             intro = await asyncio.wait_for(
                 handshake.introduce(reader, writer, self._hub.local, peer, initiator=False),
                 self._hub.limits.handshake_timeout,

@@ -350,24 +350,26 @@ class Session:
 
     async def _shut(self, error: KvlinkError, status: int, bye: str | None) -> None:
         grace = self._hub.limits.link_grace
-        if bye is not None:
-            self._connection.send(m.Bye(m.clip(bye)))
-            try:
-                await asyncio.wait_for(self._connection.flush(), grace)
-            except asyncio.TimeoutError:
-                pass  # it does not read; the end of file will tell it
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader})
-        await self._hub.offload_close(self._link.close, status, error.message, grace)
-        self.link_closed.set()
-        self._connection.end()
-        if not self.gone.is_set():
-            limit = None if self.same_host else self._hub.limits.peer_timeout
-            try:
-                await asyncio.wait_for(self._connection.drained(), limit)
-            except asyncio.TimeoutError:
-                pass
-        self.gone.set()
-        self._connection.close()
-        self._hub.forget(self)
+        try:
+            if bye is not None:
+                self._connection.send(m.Bye(m.clip(bye)))
+                try:
+                    await asyncio.wait_for(self._connection.flush(), grace)
+                except asyncio.TimeoutError:
+                    pass  # it does not read; the end of file will tell it
+            if self._reader is not None:
+                self._reader.cancel()
+                await asyncio.wait({self._reader})
+            await self._hub.offload_close(self._link.close, status, error.message, grace)
+            self.link_closed.set()
+            self._connection.end()
+            if not self.gone.is_set():
+                limit = None if self.same_host else self._hub.limits.peer_timeout
+                try:
+                    await asyncio.wait_for(self._connection.drained(), limit)
+                except asyncio.TimeoutError:
+                    pass
+            self.gone.set()
+        finally:
+            self._connection.close()
+            self._hub.forget(self)

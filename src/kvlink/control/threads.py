@@ -10,7 +10,9 @@ import asyncio
 import concurrent.futures
 import logging
 import queue
+import socket
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from kvlink.errors import BusyError, ClosedError
 logger = logging.getLogger("kvlink")
 T = TypeVar("T")
 Job = Callable[[], object]
+_SETTLE_ROUNDS = 10
 
 
 class WorkerPool:
@@ -116,6 +119,7 @@ class ControlLoop:
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(self._on_error)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._streams: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -198,6 +202,12 @@ class ControlLoop:
         pool.submit(job)
         return await done
 
+    async def open_stream(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Make streams of a connected socket; it is closed at the latest when the loop ends."""
+        reader, writer = await asyncio.open_connection(sock=sock)
+        self._streams.add(writer)
+        return reader, writer
+
     def stop(self, timeout: float) -> None:
         """Cancel what still runs, end the loop and its thread; idempotent."""
         try:
@@ -210,14 +220,16 @@ class ControlLoop:
     def _halt(self) -> None:
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
-        self.loop.call_soon(self._settle, 3)
+        self.loop.call_soon(self._settle, _SETTLE_ROUNDS)
 
     def _settle(self, rounds: int) -> None:
-        """Let the cancelled tasks and closing transports run their last steps, then stop."""
+        """Let the cancelled tasks run their last steps, then drop every socket, then stop."""
         if rounds and asyncio.all_tasks(self.loop):
             self.loop.call_soon(self._settle, rounds - 1)
-        else:
-            self.loop.call_soon(self.loop.stop)
+            return
+        for writer in list(self._streams):
+            writer.transport.abort()
+        self.loop.call_soon(self.loop.call_soon, self.loop.stop)
 
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
