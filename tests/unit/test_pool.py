@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvlink._pool import BufferPool
+from kvlink._pool import BufferPool, Lease, _ThreadWaiter
 from kvlink.errors import ClosedError, ConfigError, ForkedError, LeaseError, PoolTimeout, PoolTooSmall
 
 LONG = 30.0  # a wait that must end for another reason
@@ -441,3 +441,97 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Waiters without threads: what `allocate` does between its steps, in any order, against a plain queue."""
+
+    waiters = Bundle("waiters")
+
+    def __init__(self):
+        super().__init__()
+        self.total = 6
+        self.pages = make_pool(self.total)._pages
+        self.free = self.total
+        self.queue = []  # waiters in order
+        self.granted = []  # waiters whose lease nobody took yet
+        self.held = []
+
+    def serve(self):
+        """The model's rule: the first in the queue, as long as it fits."""
+        while self.queue and self.queue[0].size <= self.free:
+            waiter = self.queue.pop(0)
+            self.free -= waiter.size
+            self.granted.append(waiter)
+
+    @rule(target=waiters, n=st.integers(0, 6))
+    def call(self, n):
+        started = self.pages.start(n, LONG, _ThreadWaiter)
+        if self.queue or n > self.free:
+            assert isinstance(started, _ThreadWaiter)
+            self.queue.append(started)
+            return started
+        assert isinstance(started, Lease)
+        self.free -= n
+        self.held.append(started)
+        return None
+
+    @rule(waiter=consumes(waiters))
+    def deadline_passes_or_wakes(self, waiter):
+        if waiter is None:
+            return
+        if waiter in self.granted:
+            lease = self.pages.give_up(waiter, LONG)
+            self.granted.remove(waiter)
+            self.held.append(lease)
+            return
+        with pytest.raises(PoolTimeout):
+            self.pages.give_up(waiter, LONG)
+        self.queue.remove(waiter)
+        self.serve()
+
+    @rule(waiter=consumes(waiters))
+    def caller_goes_away(self, waiter):
+        if waiter is None:
+            return
+        self.pages.abandon(waiter)
+        if waiter in self.granted:
+            self.granted.remove(waiter)
+            self.free += waiter.size
+        else:
+            self.queue.remove(waiter)
+        self.serve()
+
+    @rule(index=st.integers(0, 5))
+    def release(self, index):
+        if not self.held:
+            return
+        lease = self.held.pop(index % len(self.held))
+        self.free += len(lease)
+        lease.release()
+        self.serve()
+
+    @invariant()
+    def books_agree(self):
+        stats = self.pages.statistics()
+        assert (stats.pages_free, stats.waiters) == (self.free, len(self.queue))
+        for waiter in self.granted:
+            assert waiter.event.is_set()
+            assert len(waiter.lease) == waiter.size
+        for waiter in self.queue:
+            assert not waiter.event.is_set()
+        pages = [page for lease in [*self.held, *(w.lease for w in self.granted)] for page in lease.pages]
+        assert len(pages) == len(set(pages)) == self.total - self.free
+
+    def teardown(self):
+        self.pages.close()
+        for waiter in self.queue:
+            assert isinstance(waiter.error, ClosedError)
+            assert waiter.event.is_set()
+        for lease in [*self.held, *(waiter.lease for waiter in self.granted)]:
+            lease.release()
+        assert self.pages.statistics().pages_free == self.total
+
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
