@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from kvlink.errors import KvlinkError
-
 from tests.vllm.harness import FakeEngine
+
+from kvlink.errors import KvlinkError
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from kvlink_vllm import connector as connector_module
-from kvlink_vllm.connector import KVLinkConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.request import RequestStatus
+
+from kvlink_vllm import connector as connector_module
+from kvlink_vllm.connector import KVLinkConnector
 
 BLOCK = 4
 HEADS, HEAD = 2, 8
@@ -296,7 +297,7 @@ class FakeEngine:
     def run(self, until: Any = None, timeout: float = 20.0) -> None:
         """Steps until there is no work, or until a condition holds."""
         deadline = time.monotonic() + timeout
-        while (self.has_work() if until is None else not until()):
+        while self.has_work() if until is None else not until():
             assert time.monotonic() < deadline, f"no end; {self.requests=} {self.loading=}"
             self.step()
             time.sleep(0.001)  # as vLLM between empty steps

@@ -8,10 +8,10 @@ import logging
 import time
 
 import pytest
-from kvlink_vllm import wire
+from tests.vllm.harness import BLOCK, Request, prefill
 from vllm.v1.request import RequestStatus
 
-from tests.vllm.harness import BLOCK, Request, prefill
+from kvlink_vllm import wire
 
 
 def decode(engine, request_id, tokens, answer, **changes):
@@ -158,7 +158,7 @@ def test_a_decoder_that_asks_before_the_worker_knows_waits(engines):
     assert request.computed_here == 1
 
 
-# ---- failures: the request is computed here, with a warning; the engine goes on -----------------------------------------
+# ---- failures: the request is computed here, with a warning; the engine goes on
 
 
 def warned(caplog, text):
@@ -323,7 +323,7 @@ def test_a_sealed_offer_from_a_liar_is_refused_at_connect(engines, caplog):
     assert warned(caplog, "phase connect")
 
 
-# ---- leases ----------------------------------------------------------------------------------------------------------------
+# ---- leases
 
 
 def test_a_lease_nobody_claims_ends_and_frees(engines, caplog):

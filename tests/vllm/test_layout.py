@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+
 from kvlink_vllm import layout as layouts
 from kvlink_vllm.layout import LayoutError, build_layout, build_ranges, check_peer, checksum
 

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from kvlink_vllm.lease import LeaseTable
 
 

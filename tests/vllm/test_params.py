@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+
 from kvlink_vllm import params
 from kvlink_vllm.params import HandOff, ParamsError, offer, parse
 

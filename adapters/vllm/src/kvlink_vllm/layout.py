@@ -173,8 +173,8 @@ def _dense(key: str, shape: tuple[int, ...], strides: tuple[int, ...], size: int
     for stride, count in sorted((stride, count) for stride, count in zip(strides, shape, strict=True) if count > 1):
         if stride != expected:
             raise LayoutError(
-                f"cache {key}: the bytes of one block do not lie side by side (shape {shape}, strides {strides} bytes); "
-                "such a layout cannot be moved block by block"
+                f"cache {key}: the bytes of one block do not lie side by side; it cannot be moved block by block "
+                f"(shape {shape}, strides {strides} bytes)"
             )
         expected *= count
     return expected

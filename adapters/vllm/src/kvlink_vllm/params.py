@@ -137,7 +137,9 @@ def parse(params: Mapping[str, Any], *, tp_size: int, secret: bytes | None) -> H
     if secret is not None:
         given = params.get("kvlink_seal")
         if not isinstance(given, str) or not _SEAL.match(given):
-            raise ParamsError("they carry no seal though a secret is configured here: set the same secret on both sides")
+            raise ParamsError(
+                "they carry no seal though a secret is configured here: set the same secret on both sides"
+            )
         if not hmac.compare_digest(given, seal(params, secret)):
             raise ParamsError("their seal does not fit: forged, or the prefiller has another secret")
     else:

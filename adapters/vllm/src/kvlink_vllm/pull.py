@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import kvlink
 import numpy as np
-from kvlink.errors import KvlinkError
 
+import kvlink
+from kvlink.errors import KvlinkError
 from kvlink_vllm import wire
 from kvlink_vllm.layout import CacheLayout, build_ranges, checksum
 from kvlink_vllm.links import Link

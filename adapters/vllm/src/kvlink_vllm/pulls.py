@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvlink_vllm import wire
@@ -162,7 +163,7 @@ class Pulls:
         for pull in pulls:
             pull.cancel()
 
-    # On background threads -------------------------------------------------------------------------------------------
+    # On background threads
 
     def _submit(self, pull: Pull, future: Future[Link]) -> None:
         try:
@@ -249,6 +250,9 @@ class Pulls:
         except RuntimeError as error:  # shut down meanwhile: the lease runs out by itself
             logger.debug("kvlink: %s not sent: %s", type(message).__name__, error)
 
+    def _renew_sooner(self, lease: float) -> bool:
+        return self._closed or self._lease < lease
+
     def _renew_all(self) -> None:
         """Renews at a third of the lease while anything is wanted; sleeps for good otherwise."""
         while True:
@@ -258,8 +262,8 @@ class Pulls:
                 if not self._wanted:
                     self._changed.wait()
                     continue
-                lease = self._lease
-                if self._changed.wait_for(lambda: self._closed or self._lease < lease, timeout=lease / 3):
+                until = self._lease
+                if self._changed.wait_for(partial(self._renew_sooner, until), timeout=until / 3):
                     continue
                 by_address: dict[str, list[str]] = {}
                 for address, handoff in self._wanted:

@@ -57,7 +57,7 @@ class KVLinkScheduler:
         self._addresses = tuple(item.address for item in sorted(handshakes, key=lambda item: item.rank))
         logger.info("kvlink: workers listen at %s", ", ".join(self._addresses))
 
-    # Decoder -------------------------------------------------------------------------------------------------------
+    # Decoder
 
     def on_new_request(self, request: Any) -> None:
         """Looks at a request's parameters once, when it comes (0.18: when it is first scheduled).
@@ -68,7 +68,6 @@ class KVLinkScheduler:
         params = request.kv_transfer_params
         if not offers.wants_pull(params) or request.request_id in self._wanted:
             return
-        problem = None
         try:
             if not self._consumes:
                 raise offers.ParamsError("this engine's kv_role is kv_producer")
@@ -77,15 +76,13 @@ class KVLinkScheduler:
             if digest is None:
                 raise offers.ParamsError("a prompt of embeddings cannot be handed over")
         except offers.ParamsError as error:
-            problem = str(error)
-        if problem is not None:
             # Taking the mark off keeps every later call from looking again.
             params["do_remote_prefill"] = False
             self.stats.fail("params", request.num_prompt_tokens)
             logger.warning(
                 "kvlink: request %s computes its prompt here: its kv_transfer_params are refused: %s",
                 request.request_id,
-                problem,
+                error,
             )
             return
         self._wanted[request.request_id] = _Wanted(offer, digest)
@@ -140,7 +137,7 @@ class KVLinkScheduler:
             )
         )
 
-    # Prefiller -----------------------------------------------------------------------------------------------------
+    # Prefiller
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Offers a finished prefill, and forgets a decode that ended before its pull.
@@ -174,7 +171,7 @@ class KVLinkScheduler:
         self._meta.holds.append(Hold(offer.id, request.request_id, list(block_ids[:count]), tokens, digest))
         return True, answer
 
-    # Both ----------------------------------------------------------------------------------------------------------
+    # Both
 
     def take_metadata(self) -> KVLinkMetadata:
         """Returns this step's instructions and starts afresh."""

@@ -165,7 +165,8 @@ def decode_request(data: bytes) -> Request:
     Raises:
         msgspec.DecodeError: Not one of the requests above.
     """
-    return _requests.decode(data)
+    request: Request = _requests.decode(data)
+    return request
 
 
 def decode_notice(data: bytes) -> Notice:
@@ -180,4 +181,5 @@ def decode_notice(data: bytes) -> Notice:
     Raises:
         msgspec.DecodeError: Not one of the notices above.
     """
-    return _notices.decode(data)
+    notice: Notice = _notices.decode(data)
+    return notice

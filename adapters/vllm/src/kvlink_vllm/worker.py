@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import kvlink
 import numpy as np
 
+import kvlink
 from kvlink_vllm import wire
 from kvlink_vllm.identity import build_identity
 from kvlink_vllm.layout import build_layout
@@ -72,9 +72,7 @@ class KVLinkWorker:
         """
         settings = self._settings
         layout = build_layout(caches, self._blocks)
-        identity = build_identity(
-            self._vllm_config, settings, layout, rank=self._rank, block_size=self._block_size
-        )
+        identity = build_identity(self._vllm_config, settings, layout, rank=self._rank, block_size=self._block_size)
         channel = self._channel = _on_own_thread(lambda: self._open(identity, layout.storages[0].device), settings)
         regions = [
             channel.register((storage.pointer, storage.nbytes, storage.device), name=storage.name, access="r")
@@ -213,9 +211,7 @@ class KVLinkWorker:
 
     def _executor(self, name: str, threads: int) -> ThreadPoolExecutor:
         cores = parse_cores(self._settings.cpu_affinity)
-        executor = ThreadPoolExecutor(
-            threads, thread_name_prefix=name, initializer=_bind, initargs=(cores,)
-        )
+        executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_bind, initargs=(cores,))
         self._executors.append(executor)
         return executor
 
