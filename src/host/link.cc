@@ -30,6 +30,16 @@ Failure Link::peer_failure() {
   return make_failure(KVL_LINK_DOWN, "link", "the link is closed");
 }
 
+void Link::note_lost(const Failure &failure) {
+  {
+    const std::lock_guard<std::mutex> lock(state_mutex_);
+    if (lost_.load() || down_.load()) return;
+    failure_ = failure;
+    lost_.store(true);
+  }
+  engine_.request_settling();
+}
+
 bool Link::expects(const Hello &hello) const {
   if (down_.load() || params_.role != KVL_ROLE_ACCEPTOR) return false;
   if (hello.kind == static_cast<uint32_t>(StreamKind::kLocal)) {
@@ -92,7 +102,7 @@ Failure Link::wait_connected(const Deadline &deadline) {
 }
 
 Failure Link::check() {
-  if (down_.load()) return peer_failure();
+  if (down_.load() || lost_.load()) return peer_failure();
   if (!peer_lives()) return make_failure(KVL_LINK_DOWN, "pidfd", "the peer's process %d ended", peer_pid_);
   return {};
 }
@@ -257,6 +267,7 @@ void Link::settle(Job *job) {
 }
 
 void Link::settle_stopped() {
+  if (lost_.load() && !down_.load()) bring_down(peer_failure());
   std::vector<Job *> stopped;
   {
     const std::lock_guard<std::mutex> lock(state_mutex_);

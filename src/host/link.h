@@ -87,6 +87,8 @@ class Link {
   Failure join_local(const LinkBlob &peer, const Deadline &deadline, UniqueFd socket, bool *tcp_needed);
   Failure handshake(int fd, Hello *hello, const Deadline &deadline, Ready *ready);
   Failure peer_failure();
+  // A copy found the peer gone before its sockets said so: poll brings the link down.
+  void note_lost(const Failure &failure);
   Failure wait_connected(const Deadline &deadline);
   void mark_connected();
   Failure pick_path(const RegionBlob &blob, Path *path) const;
@@ -112,7 +114,7 @@ class Link {
   Failure failure_;
   UniqueFd interrupt_fd_;
   bool interrupted_ = false;
-  std::atomic<bool> down_{false};
+  std::atomic<bool> lost_{false}, down_{false};  // lost_: down_ follows at the next poll
 
   // Set before connected_ and constant afterwards.
   pid_t peer_pid_ = 0;

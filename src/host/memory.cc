@@ -10,6 +10,23 @@
 #include <cstdio>
 
 namespace kvlink::host {
+namespace {
+
+// What the kernel thinks it can give without swapping; UINT64_MAX when it does not say.
+uint64_t available_memory() {
+  FILE *file = std::fopen("/proc/meminfo", "re");
+  if (file == nullptr) return UINT64_MAX;
+  char line[128];
+  uint64_t kib = 0;
+  bool found = false;
+  while (!found && std::fgets(line, sizeof line, file) != nullptr) {
+    found = std::sscanf(line, "MemAvailable: %" SCNu64 " kB", &kib) == 1;
+  }
+  std::fclose(file);
+  return found ? kib * 1024 : UINT64_MAX;
+}
+
+}  // namespace
 
 RegionTable::~RegionTable() {
   for (const auto &item : allocations_) munmap(reinterpret_cast<void *>(item.first), item.second.length);
@@ -79,6 +96,12 @@ Failure RegionTable::allocate(uint64_t length, uint64_t *address) {
   const uint64_t rounded = (length + page - 1) / page * page;
   if (length == 0 || rounded < length || rounded > uint64_t{1} << 62) {
     return make_failure(KVL_INVALID, "mem_alloc", "length %" PRIu64 " bytes", length);
+  }
+  // Shared memory has no limit of its own: reserving more than there is would end in the kernel killing processes.
+  const uint64_t available = available_memory();
+  if (rounded > available) {
+    return make_failure(KVL_NO_RESOURCE, "mem_alloc", "%" PRIu64 " bytes asked for, %" PRIu64 " available", rounded,
+                        available);
   }
   UniqueFd fd(memfd_create("kvlink", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) return errno_failure(KVL_NO_RESOURCE, errno, "memfd_create", "no shared memory");

@@ -53,7 +53,7 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
     return report(make_failure(KVL_INVALID, "submit", "operation %u", operation), err);
   }
   std::unique_lock<std::mutex> submitting(submit_mutex_);
-  if (down_.load()) return report(peer_failure(), err);
+  if (down_.load() || lost_.load()) return report(peer_failure(), err);
   Plan plan;
   const Failure failure = plan_submit(operation, ranges, count, &plan);
   if (!failure.ok()) return report(failure, err);
@@ -129,9 +129,10 @@ Failure Link::move_pieces(Path path, bool put, iovec *local, iovec *remote, size
     copy_pieces(put ? remote : local, put ? local : remote, count, hint);
   } else {
     // The process must be the one that the probe met: a number may be given to another one after its end.
-    if (!peer_lives()) return make_failure(KVL_LINK_DOWN, "pidfd", "the peer's process %d ended", peer_pid_);
     uint64_t calls = 0;
-    failure = cma_move(peer_pid_, put, local, remote, count, &bytes, &calls);
+    failure = peer_lives() ? cma_move(peer_pid_, put, local, remote, count, &bytes, &calls)
+                           : make_failure(KVL_LINK_DOWN, "pidfd", "the peer's process %d ended", peer_pid_);
+    if (failure.status == KVL_LINK_DOWN) note_lost(failure);
     engine_.stats().process_vm_calls.fetch_add(calls, std::memory_order_relaxed);
   }
   *moved += bytes;

@@ -47,10 +47,12 @@ void expect_blocks(const uint8_t *data, uint64_t old_seed, uint64_t source_seed,
                    bool receiver_is_remote) {
   Bytes expected(kRegionBytes);
   fill(expected.data(), kRegionBytes, old_seed);
+  Bytes source(kRegionBytes);
+  fill(source.data(), kRegionBytes, source_seed);
   for (const kvl_range &range : ranges) {
     const uint64_t to = receiver_is_remote ? range.remote_offset : range.local_offset;
     const uint64_t from = receiver_is_remote ? range.local_offset : range.remote_offset;
-    for (uint64_t i = 0; i < range.length; ++i) expected[to + i] = pattern(source_seed, from + i);
+    std::memcpy(&expected[to], &source[from], range.length);
   }
   if (std::memcmp(data, expected.data(), kRegionBytes) == 0) return;
   for (uint64_t i = 0; i < kRegionBytes; ++i) {

@@ -70,6 +70,8 @@ int finish(const char *suite);
 class TestEngine {
  public:
   explicit TestEngine(const Options &options);
+  TestEngine(const TestEngine &) = delete;
+  TestEngine &operator=(const TestEngine &) = delete;
   ~TestEngine();
 
   kvl_engine *get() { return engine_; }
