@@ -8,19 +8,6 @@
 
 #include "fake.h"
 
-#ifndef FAKE_NAME
-#define FAKE_NAME "fake"
-#endif
-#ifndef FAKE_ABI
-#define FAKE_ABI KVL_ABI_VERSION
-#endif
-#ifndef FAKE_STRUCT_SIZE
-#define FAKE_STRUCT_SIZE sizeof(kvl_provider)
-#endif
-#ifndef FAKE_PATHS
-#define FAKE_PATHS 3
-#endif
-
 struct kvl_link {
   kvl_engine *engine = nullptr;
   std::atomic<bool> closed{false};
@@ -156,15 +143,7 @@ kvl_status engine_query(kvl_engine *, kvl_attr *attr, kvl_error *) {
   attr->connect_mode = g_control.connect_mode;
   attr->max_connects = g_control.max_connects;
   attr->max_links = g_control.max_links;
-#ifdef FAKE_MINIMAL
-#ifdef FAKE_CLAIM_ALL
-  attr->caps = KVL_CAP_PUT | KVL_CAP_GET | KVL_CAP_CANCEL;
-#else
-  attr->caps = KVL_CAP_PUT;
-#endif
-#else
   attr->caps = g_control.caps;
-#endif
   attr->memory_kinds = 1u << KVL_MEMORY_HOST;
   attr->alignment = g_control.alignment;
   attr->memory_alignment = g_control.memory_alignment;
@@ -175,7 +154,7 @@ kvl_status engine_query(kvl_engine *, kvl_attr *attr, kvl_error *) {
   return KVL_OK;
 }
 
-[[maybe_unused]] kvl_status mem_alloc(kvl_engine *engine, uint32_t, uint64_t length, uint64_t *address, kvl_error *) {
+kvl_status mem_alloc(kvl_engine *engine, uint32_t, uint64_t length, uint64_t *address, kvl_error *) {
   std::lock_guard<std::mutex> lock(engine->mutex);
   auto memory = std::make_unique<char[]>(length);
   *address = reinterpret_cast<uint64_t>(memory.get());
@@ -184,7 +163,7 @@ kvl_status engine_query(kvl_engine *, kvl_attr *attr, kvl_error *) {
   return KVL_OK;
 }
 
-[[maybe_unused]] void mem_free(kvl_engine *engine, uint64_t address) {
+void mem_free(kvl_engine *engine, uint64_t address) {
   std::lock_guard<std::mutex> lock(engine->mutex);
   if (engine->allocations.erase(address) == 0) g_control.violate("mem_free of an unknown address");
   ++g_control.mem_frees;
@@ -244,8 +223,8 @@ kvl_status mem_export(kvl_engine *engine, uint32_t mem, void *buffer, uint64_t *
   return give_blob(blob, sizeof blob, buffer, length);
 }
 
-[[maybe_unused]] kvl_status mem_copy(kvl_engine *engine, uint32_t mem, uint64_t offset, void *host, uint64_t length,
-                                     int32_t to_region, kvl_error *) {
+kvl_status mem_copy(kvl_engine *engine, uint32_t mem, uint64_t offset, void *host, uint64_t length, int32_t to_region,
+                    kvl_error *) {
   hang_while(g_control.hang_mem_copy);
   std::lock_guard<std::mutex> lock(engine->mutex);
   char *address = reinterpret_cast<char *>(engine->mems.at(mem).address) + offset;
@@ -375,8 +354,7 @@ kvl_status submit(kvl_link *link, uint32_t operation, const kvl_range *ranges, u
   return KVL_INTERNAL;
 }
 
-[[maybe_unused]] kvl_status poll(kvl_engine *engine, kvl_completion *out, uint32_t *count, uint32_t *more,
-                                 kvl_error *err) {
+kvl_status poll(kvl_engine *engine, kvl_completion *out, uint32_t *count, uint32_t *more, kvl_error *err) {
   ++g_control.polls;
   if (engine->polling++ != 0) g_control.violate("two polls at once");
   hang_while(g_control.hang_poll);
@@ -416,7 +394,7 @@ void wake(kvl_engine *engine) {
   engine->wake.notify_all();
 }
 
-[[maybe_unused]] void cancel(kvl_link *link, uint64_t tag) {
+void cancel(kvl_link *link, uint64_t tag) {
   check_open(link, "cancel");
   ++g_control.cancels;
   if (!g_control.honour_cancel) return;
@@ -431,19 +409,19 @@ void wake(kvl_engine *engine) {
   }
 }
 
-[[maybe_unused]] void link_interrupt(kvl_link *link) {
+void link_interrupt(kvl_link *link) {
   check_open(link, "link_interrupt");
   ++g_control.interrupts;
   link->interrupted = true;
   g_control.unhang.notify_all();
 }
 
-[[maybe_unused]] kvl_status link_check(kvl_link *link, kvl_error *err) {
+kvl_status link_check(kvl_link *link, kvl_error *err) {
   check_open(link, "link_check");
   return failure(g_control.check_status, err, "link_check");
 }
 
-[[maybe_unused]] kvl_status stats(kvl_engine *, kvl_stat *out, uint32_t *count, kvl_error *) {
+kvl_status stats(kvl_engine *, kvl_stat *out, uint32_t *count, kvl_error *) {
   if (*count > 0) {
     std::strcpy(out[0].name, "submits");
     out[0].value = g_control.submits;
@@ -504,29 +482,18 @@ extern "C" FAKE_EXPORT FakeApi fake_api() {
   return {&g_control, release_held, end_held, held, inject, [] { return g_last_tag.load(); }};
 }
 
-#ifdef FAKE_NO_SYMBOL
-#define kvl_provider_init not_the_symbol
-#endif
-extern "C" FAKE_EXPORT kvl_status kvl_provider_init(uint32_t abi_version, kvl_provider *table, kvl_error *err) {
-#ifdef FAKE_REFUSES
-  return failure(KVL_UNSUPPORTED, err, "kvl_provider_init");
-#endif
-  if (abi_version != KVL_ABI_VERSION) return failure(KVL_UNSUPPORTED, err, "kvl_provider_init");
-  static const char *const paths[] = {"direct", "later", "slow"};
-  table->struct_size = static_cast<uint32_t>(FAKE_STRUCT_SIZE);
-  table->abi_version = FAKE_ABI;
-  table->wire_version = 5;
-  table->path_count = FAKE_PATHS;
-  table->name = FAKE_NAME;
-  table->version = "1.2.3";
-  table->path_names = paths;
+// Fills in every function; fake_init.cc makes the variants of it.
+void fake_fill(kvl_provider *table) {
   table->probe = probe;
   table->engine_open = engine_open;
   table->engine_close = engine_close;
   table->engine_query = engine_query;
+  table->mem_alloc = mem_alloc;
+  table->mem_free = mem_free;
   table->mem_open = mem_open;
   table->mem_close = mem_close;
   table->mem_export = mem_export;
+  table->mem_copy = mem_copy;
   table->link_open = link_open;
   table->link_describe = link_describe;
   table->link_connect = link_connect;
@@ -534,19 +501,11 @@ extern "C" FAKE_EXPORT kvl_status kvl_provider_init(uint32_t abi_version, kvl_pr
   table->rmem_open = rmem_open;
   table->rmem_close = rmem_close;
   table->submit = submit;
-#ifndef FAKE_NO_POLL
   table->poll = poll;
-#endif
   table->wait = wait;
   table->wake = wake;
-#ifndef FAKE_MINIMAL
-  table->mem_alloc = mem_alloc;
-  table->mem_free = mem_free;
-  table->mem_copy = mem_copy;
   table->cancel = cancel;
   table->link_interrupt = link_interrupt;
   table->link_check = link_check;
   table->stats = stats;
-#endif
-  return KVL_OK;
 }
