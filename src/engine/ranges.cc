@@ -189,7 +189,7 @@ class Planner {
       return fail(err_, KVL_INVALID, "range %llu: remote region handle 0x%08x belongs to another peer than '%s'",
                   ull(index), handle, peer_.id.c_str());
     }
-    return fail(err_, KVL_STATE, "range %llu: %s region 0x%08x is being closed", ull(index), side, handle);
+    return fail(err_, KVL_DENIED, "range %llu: %s region 0x%08x is being closed", ull(index), side, handle);
   }
 
   [[gnu::cold]] kvl_status past_end(uint64_t index, const char *what, uint64_t offset, uint64_t length,

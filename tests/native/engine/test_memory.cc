@@ -102,7 +102,7 @@ TEST(closing_times_out_while_the_provider_still_writes) {
   CHECK_EQ(kve_mem_close(f.channel, f.mem, 50, &err), KVL_TIMEOUT);
   CHECK_CONTAINS(err.message, "still used by 1 transfers after 50 ms");
   CHECK_EQ(f.control.mem_closes, 0);
-  CHECK_EQ(f.refused({f.range(0, 0, 1)}, err), KVL_STATE);
+  CHECK_EQ(f.refused({f.range(0, 0, 1)}, err), KVL_DENIED);
   CHECK_CONTAINS(err.message, "is being closed");
   CHECK_EQ(kve_mem_export(f.channel, f.mem, nullptr, nullptr, &err), KVL_INVALID);
   kve_peer_close(f.peer, KVL_LINK_DOWN, "needed its memory", 1000);
