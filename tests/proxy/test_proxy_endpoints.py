@@ -243,6 +243,13 @@ def test_authorization_goes_to_both_engines(engines: Engines, proxies: Proxies) 
     assert proxy.http.get("/v1/models").status_code == 401
 
 
+def test_headers_need_not_be_ascii(pd: Setup) -> None:
+    p, d, proxy = pd
+    answer = proxy.http.post("/v1/completions", json={"prompt": "a"}, headers=[(b"x-title", "ä ö".encode())])
+    assert answer.status_code == 200
+    assert p.headers[0]["x-title"] == d.headers[0]["x-title"] == "ä ö".encode().decode("latin-1")
+
+
 def test_refusals_of_the_engine_pass_through(pd: Setup) -> None:
     p, d, proxy = pd
     wrong_model = proxy.complete(model="other")

@@ -26,7 +26,7 @@ class ProxyConfig:
         answer_timeout: From sending a request that is not streamed to a decoder until its whole answer.
         client_timeout: For a client to send its body, and to take a piece of an answer.
         lease_seconds: How long after a prefiller's answer its hand-off may be offered to another decoder.
-        health_interval: Between two health checks of an engine.
+        health_interval: Between two health checks of an engine that is up; one that is not is asked every second.
         health_timeout: For an engine to answer a health check.
         cooldown: How long an engine that failed a request is chosen last.
         max_attempts: Engines tried for one hop of one request.
@@ -47,7 +47,7 @@ class ProxyConfig:
     answer_timeout: float = 1800.0
     client_timeout: float = 60.0
     lease_seconds: float = 8.0
-    health_interval: float = 2.0
+    health_interval: float = 5.0
     health_timeout: float = 5.0
     cooldown: float = 5.0
     max_attempts: int = 3

@@ -20,6 +20,7 @@ Role = Literal["prefill", "decode"]
 State = Literal["unknown", "up", "down"]
 
 _REQUEST_COST = 256  # bytes: what a request weighs beside its body, so that many small ones spread too
+_PAUSE_WHILE_DOWN = 1.0  # seconds between health checks of an engine that is not up
 
 logger = logging.getLogger(__name__)
 
@@ -189,5 +190,6 @@ async def watch(engine: Engine, client: httpx.AsyncClient, config: ProxyConfig) 
                 engine.mark("down", f"its /health did not answer within {config.health_timeout:g} s")
         except httpx.HTTPError as error:
             engine.mark("down", f"its /health failed: {error or type(error).__name__}")
+        pause = config.health_interval if engine.state == "up" else min(config.health_interval, _PAUSE_WHILE_DOWN)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(engine.wake.wait(), config.health_interval)
+            await asyncio.wait_for(engine.wake.wait(), pause)

@@ -21,7 +21,7 @@ from kvlink_proxy.config import ProxyConfig
 from kvlink_proxy.engines import Engine, EnginePool
 from kvlink_proxy.errors import HopError, PassThrough, error_body
 from kvlink_proxy.exchange import ClientGone, Exchange
-from kvlink_proxy.headers import Headers, to_client
+from kvlink_proxy.headers import Headers, RawHeaders, to_client
 from kvlink_proxy.metrics import Metrics
 from kvlink_proxy.sse import EventFilter, error_event, first_error
 from kvlink_proxy.upstream import Handoff, Stream, ask_decoder, ask_prefiller
@@ -45,13 +45,13 @@ class Job:
 
     endpoint: str
     body: dict[str, Any]
-    headers: Headers
+    headers: RawHeaders
     weight: int
     exchange: Exchange
     route: str = "plain"
     began: float = field(default_factory=time.monotonic)
 
-    def hop_headers(self, suffix: str) -> Headers:
+    def hop_headers(self, suffix: str) -> RawHeaders:
         """Headers for one attempt at one engine; each has an id of its own, since engines key state by it.
 
         Args:
@@ -60,7 +60,7 @@ class Job:
         Returns:
             Names and values.
         """
-        return [*self.headers, ("x-request-id", f"{self.exchange.id}-{suffix}")]
+        return [*self.headers, (b"x-request-id", f"{self.exchange.id}-{suffix}".encode())]
 
 
 class NativeFlow:
@@ -192,7 +192,7 @@ class NativeFlow:
                 if reason:
                     job.exchange.notes["x-kvlink-reason"] = reason
                 if not answer.events:
-                    headers = to_client(answer.response.headers.multi_items())
+                    headers = to_client(answer.response.headers.raw)
                     self._metrics.routes.labels(job.route, reason).inc()
                     await self._whole(job, headers, rewrite.clean_answer(answer.first))
                     return "ok"
@@ -221,7 +221,7 @@ class NativeFlow:
             with scope:
                 scope.deadline = anyio.current_time() + config.client_timeout
                 turn = "client"
-                await exchange.start(200, to_client(answer.response.headers.multi_items()))
+                await exchange.start(200, to_client(answer.response.headers.raw))
                 self._metrics.first_byte.labels(job.endpoint, job.route).observe(time.monotonic() - job.began)
                 self._metrics.routes.labels(job.route, reason).inc()
                 if data:

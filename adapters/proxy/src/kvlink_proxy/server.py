@@ -96,6 +96,7 @@ def run(config: ProxyConfig) -> int:
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
         timeout_keep_alive=75,
         server_header=False,
+        proxy_headers=False,
     )
     server = ProxyServer(settings, service)
     logger.info("prefill: %s; decode: %s", ", ".join(config.prefillers), ", ".join(config.decoders))

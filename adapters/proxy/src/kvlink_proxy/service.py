@@ -101,6 +101,7 @@ class Service:
                 return
             if b"_transfer_params" in raw:
                 self.metrics.stripped.inc()
+            outcome = "error"
             job = Job(endpoint, body, headers.to_engine(scope["headers"]), len(raw), exchange)
             outcome = await self._until_gone(job, receive)
         finally:
@@ -197,7 +198,7 @@ class Service:
             The engine's answer, or a 503 that names the last engine tried.
         """
         known = headers.to_engine(request.scope["headers"])
-        sent = [(name, value) for name, value in known if name != "content-type"]
+        sent = [(name, value) for name, value in known if name != b"content-type"]
         client, last = self._client, "no engine is known"
         ranked: list[Engine] = sorted(self.decoders.engines, key=lambda engine: engine.state == "down")
         for engine in (*ranked, *self.prefillers.engines)[: self.config.max_attempts] if client else ():
@@ -209,7 +210,7 @@ class Service:
                 last = f"{engine.role}: engine {engine.url} does not answer: {str(error) or type(error).__name__}"
                 continue
             if answer.status_code < 500:
-                passed = dict(headers.to_client(answer.headers.multi_items()))
+                passed = dict(headers.to_client(answer.headers.raw))
                 return Response(answer.content, answer.status_code, passed)
             last = f"{engine.role}: engine {engine.url} answered {answer.status_code}"
         return Response(error_body(503, last), 503, {"content-type": "application/json", "retry-after": "1"})

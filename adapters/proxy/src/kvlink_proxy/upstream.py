@@ -16,7 +16,7 @@ import httpx
 from kvlink_proxy.config import ProxyConfig
 from kvlink_proxy.engines import Engine
 from kvlink_proxy.errors import HopError, PassThrough
-from kvlink_proxy.headers import Headers, to_client
+from kvlink_proxy.headers import RawHeaders, to_client
 
 _BUSY = (429, 503)
 # Statuses below 500 that speak of the engine's moment, not of the request.
@@ -91,7 +91,7 @@ def check_status(hop: str, engine: Engine, began: float, response: httpx.Respons
     status = response.status_code
     if status == 200:
         return
-    answer = PassThrough(status, to_client(response.headers.multi_items()), response.content)
+    answer = PassThrough(status, to_client(response.headers.raw), response.content)
     if 400 <= status < 500 and status not in _RETRY_BELOW_500:
         raise answer
     text = f"answered {status}: {_message_of(response.content)}"
@@ -117,7 +117,7 @@ class Handoff:
 
 
 async def ask_prefiller(
-    client: httpx.AsyncClient, engine: Engine, path: str, body: bytes, headers: Headers, timeout: float
+    client: httpx.AsyncClient, engine: Engine, path: str, body: bytes, headers: RawHeaders, timeout: float
 ) -> Handoff:
     """Have a prompt prefilled.
 
@@ -173,7 +173,7 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def ask_decoder(
-    client: httpx.AsyncClient, engine: Engine, path: str, body: bytes, headers: Headers, timeout: float
+    client: httpx.AsyncClient, engine: Engine, path: str, body: bytes, headers: RawHeaders, timeout: float
 ) -> AsyncIterator[Stream]:
     """Have a request decoded; the answer's connection is closed at the end, which makes the engine drop the request.
 
