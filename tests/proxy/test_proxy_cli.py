@@ -133,3 +133,12 @@ def test_addresses() -> None:
     for bad in ("", "http://h:1?x=1", "h:port"):
         with pytest.raises(ValueError, match=r"."):
             engine_url(bad)
+
+
+def test_help_names_every_flag_and_no_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "default: None" not in text
+    assert all(flag in text for flag in SEED if flag.startswith("--"))

@@ -16,6 +16,13 @@ _LMCACHE_LATER = (
 )
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, but only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _ports(text: str) -> list[int]:
     try:
         ports = [int(part) for part in text.split(",")]
@@ -50,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kvlink-proxy",
         description="OpenAI-compatible proxy for disaggregated prefill. Example: "
         "kvlink-proxy --port 9100 --prefiller http://127.0.0.1:7100 --decoder http://127.0.0.1:7200",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     defaults = ProxyConfig(("http://localhost",), ("http://localhost",))
     parser.add_argument("--version", action="version", version=f"kvlink-proxy {__version__}")

@@ -118,7 +118,7 @@ class NativeFlow:
         config = self._config
         body = rewrite.prefill_body(job.endpoint, job.body)
         tried: list[Engine] = []
-        last = HopError("prefill", "(none of them)", 0.0, "unavailable", "is up")
+        last = HopError("prefill", "pool", 0.0, "unavailable", "has none that is up")
         for attempt in range(config.max_attempts):
             engine = self.prefillers.pick(tried, even_down=config.on_prefill_failure == "fail")
             if engine is None:
@@ -144,7 +144,7 @@ class NativeFlow:
         config = self._config
         params = handoff.params if handoff else None
         tried: list[Engine] = []
-        last = HopError("decode", "(none of them)", 0.0, "unavailable", "is up")
+        last = HopError("decode", "pool", 0.0, "unavailable", "has none that is up")
         again: Engine | None = None  # the same engine may be asked once more, where there is no other
         for attempt in range(config.max_attempts):
             engine = self.decoders.pick(tried, even_down=True) or again
