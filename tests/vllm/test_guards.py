@@ -20,7 +20,6 @@ from kvlink_vllm.guards import UnsupportedFeature, check
         ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallel"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallel"),
         ({"speculative_config": object()}, "speculative decoding.*--speculative-config"),
-        ({"scheduler_config__async_scheduling": True}, "async scheduling.*--no-async-scheduling"),
         ({"model_config__use_mla": True, "parallel_config__tensor_parallel_size": 2}, "MLA with tensor parallel"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"cache_config__calculate_kv_scales": True}, "calculate-kv-scales"),

@@ -36,8 +36,6 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
     )
     if getattr(vllm_config, "speculative_config", None) is not None:
         raise UnsupportedFeature("speculative decoding is not supported by KVLinkConnector: drop --speculative-config")
-    if getattr(vllm_config.scheduler_config, "async_scheduling", False):
-        raise UnsupportedFeature("async scheduling is not supported by KVLinkConnector: add --no-async-scheduling")
     model = vllm_config.model_config
     if getattr(model, "use_mla", False) and parallel.tensor_parallel_size > 1:
         raise UnsupportedFeature(
