@@ -112,7 +112,11 @@ def library_path(name: str) -> Path:
 
 
 class _Engine:
-    """The engine library. The first use of any function loads it; found functions become plain attributes."""
+    """The engine library. The first use of any function loads it and binds all of them as plain attributes.
+
+    All at once, because cffi looks functions up under a lock that it also holds while it parses: a finalizer that the
+    collector runs in the middle of that, on the same thread, must find its function without the lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -123,23 +127,34 @@ class _Engine:
             raise AttributeError(name)
         with self._lock:
             if self._library is None:
-                path = library_path("engine")
-                try:
-                    self._library = ffi.dlopen(str(path))
-                except OSError as error:
-                    raise ChannelUnavailableError(
-                        f"cannot load {path}: {error}", operation="load", hint=_BUILD_HINT
-                    ) from error
+                self._load()
         try:
-            function = getattr(self._library, name)
-        except AttributeError as error:
-            raise ChannelUnavailableError(
-                f"{library_path('engine')} has no {name}: it was built from another version of kvlink",
-                operation="load",
-                hint=_BUILD_HINT,
-            ) from error
-        setattr(self, name, function)
-        return function
+            return self.__dict__[name]
+        except KeyError:
+            raise self._missing(name) from None
+
+    def _load(self) -> None:
+        path = library_path("engine")
+        try:
+            library = ffi.dlopen(str(path))
+        except OSError as error:
+            raise ChannelUnavailableError(f"cannot load {path}: {error}", operation="load", hint=_BUILD_HINT) from error
+        for name in dir(library):
+            if not name.startswith("kve_"):
+                continue
+            try:
+                setattr(self, name, getattr(library, name))
+            except AttributeError as error:
+                raise self._missing(name) from error
+        self._library = library
+
+    @staticmethod
+    def _missing(name: str) -> ChannelUnavailableError:
+        return ChannelUnavailableError(
+            f"{library_path('engine')} has no {name}: it was built from another version of kvlink",
+            operation="load",
+            hint=_BUILD_HINT,
+        )
 
 
 ffi: Any = _make_ffi()
