@@ -1,20 +1,17 @@
 """A fake vLLM engine: real HTTP, vLLM's request and answer forms, made-up tokens, and faults on demand.
 
-A "token" is a word; the answer to a prompt is "w0 w1 w2 ...". Run in a thread with ``FakeEngine``, or as a process
-(``python proxy_fake_engine.py --port N --role decode``) where a test wants to kill it.
+A "token" is a word; the answer to a prompt is "w0 w1 w2 ...". ``proxy_servers.FakeEngine`` runs it in a thread;
+``python proxy_fake_engine.py --port N --role decode`` is a process, for a test that wants to kill it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import socket
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,75 +268,6 @@ class Answer:
         except (asyncio.CancelledError, GeneratorExit):
             self.engine.aborted += 1
             raise
-
-
-def listen(port: int = 0) -> socket.socket:
-    """Listen on loopback. The protocol is named because asyncio sets TCP_NODELAY only on sockets that name it."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(128)
-    return listener
-
-
-class FakeEngine:
-    """An engine in a thread of this process, on a free port."""
-
-    def __init__(self, role: str, **behaviour: Any) -> None:
-        self.engine = Engine(role, Behaviour(**behaviour))
-        self.socket = listen()
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._server: ThreadServer | None = ThreadServer(make_app(self.engine), self.socket)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    def stop(self) -> None:
-        """Refuse connections from now on."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-
-    def ask_to_stop(self) -> None:
-        """Begin to stop, so that several engines do it at once."""
-        if self._server is not None:
-            self._server.ask_to_stop()
-
-    def start_again(self) -> None:
-        self.socket = listen(self.port)
-        self._server = ThreadServer(make_app(self.engine), self.socket)
-
-
-class ThreadServer:
-    """uvicorn in a thread."""
-
-    def __init__(self, app: Any, listener: socket.socket, *, make: Callable[..., uvicorn.Server] | None = None) -> None:
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, timeout_keep_alive=5)
-        self.server = make(config) if make else uvicorn.Server(config)
-        self.thread = threading.Thread(target=self._run, args=(listener,), daemon=True)
-        self.thread.start()
-        wait_until(lambda: self.server.started or not self.thread.is_alive(), 20, "the server's start")
-
-    def _run(self, listener: socket.socket) -> None:
-        with contextlib.suppress(SystemExit):
-            asyncio.run(self.server.serve(sockets=[listener]))
-
-    def ask_to_stop(self) -> None:
-        self.server.should_exit = True
-
-    def stop(self) -> None:
-        self.ask_to_stop()
-        self.thread.join(15)
-        assert not self.thread.is_alive(), "the server did not stop"
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition, with a deadline that fails the test."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from conftest import Proxy, events_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proxy_fake_engine import FakeEngine, wait_until
+from proxy_servers import Engines, Proxies, Proxy, events_of, wait_until
 
-Engines = Callable[..., FakeEngine]
-Proxies = Callable[..., Proxy]
 OUTCOMES = ("ok", "client_error", "upstream_error", "client_gone", "rejected", "error")
 
 
@@ -149,7 +145,7 @@ def test_other_media(engines: Engines, proxies: Proxies) -> None:
     assert answer.status_code == 415
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=4) | st.floats(allow_nan=False)
+SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=4) | st.floats(allow_nan=False, allow_infinity=False)
 ANY = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
 PARAMS = st.just({"do_remote_prefill": True, "remote_host": "evil"})
 

@@ -16,11 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Proxy, events_of
-from proxy_fake_engine import FakeEngine, wait_until
-
-Engines = Callable[..., FakeEngine]
-Proxies = Callable[..., Proxy]
+from proxy_servers import Engines, Proxies, events_of, wait_until
 
 
 @pytest.fixture
