@@ -10,11 +10,6 @@
 namespace kvlink::host {
 namespace {
 
-// Below this a transfer fits the caches of whoever reads it next, so ordinary stores serve better.
-constexpr uint64_t kStreamingBytes = uint64_t{4} << 20;
-// From this piece size on memcpy's own choice (it streams above a size of its own) is the best measured.
-constexpr uint64_t kLargePiece = 48 * 1024;
-
 #if defined(__x86_64__)
 
 constexpr size_t kLine = 64;
@@ -80,10 +75,6 @@ void copy_pieces(const iovec *to, const iovec *from, size_t count, CopyHint hint
     // memmove: a user may legally move a region onto itself.
     std::memmove(to[i].iov_base, from[i].iov_base, from[i].iov_len);
   }
-}
-
-CopyHint choose_hint(uint64_t bytes, uint64_t piece) {
-  return bytes >= kStreamingBytes && piece < kLargePiece ? CopyHint::kStreaming : CopyHint::kCached;
 }
 
 }  // namespace kvlink::host

@@ -9,14 +9,11 @@
 
 namespace kvlink::host {
 
-// How the whole transfer that a piece belongs to treats the caches.
+// kCached: memcpy, whatever it does; kStreaming: non-temporal stores, where there are any.
 enum class CopyHint { kCached, kStreaming };
 
 // Copies to[i] <- from[i]; lengths agree pairwise.
 void copy_pieces(const iovec *to, const iovec *from, size_t count, CopyHint hint);
-
-// Which hint serves a transfer of `bytes` in pieces of `piece` bytes on average best.
-CopyHint choose_hint(uint64_t bytes, uint64_t piece);
 
 }  // namespace kvlink::host
 

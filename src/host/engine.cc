@@ -18,8 +18,8 @@
 namespace kvlink::host {
 namespace {
 
-constexpr uint64_t kPollBudgetNs = 200 * 1000;
-constexpr int kEventsPerPoll = 64;
+constexpr uint64_t kPollBudgetNs = 300 * 1000;
+constexpr int kEventsPerPoll = 16;
 constexpr uint64_t kHelperBytes = uint64_t{4} << 20;  // jobs from this size on are shared with the copy threads
 constexpr uint32_t kMaxYields = 64;
 constexpr size_t kDiscardBytes = 64 * 1024;
@@ -122,6 +122,8 @@ Failure Engine::close_region(uint32_t mem) {
   const Failure failure = regions_.close(mem);
   if (!failure.ok()) return failure;
   for (Link *link : links_) link->revoke(mem);
+  const std::lock_guard<std::mutex> lock(completions_mutex_);
+  if (!completions_.empty()) wake();
   return {};
 }
 
@@ -143,7 +145,7 @@ void Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *more) 
     const std::lock_guard<std::mutex> io(io_mutex_);
     const uint64_t until_ns = now_ns() + kPollBudgetNs;
     attach_new_jobs();
-    dispatch_events();
+    dispatch_events(until_ns);
     if (settling_.exchange(false)) {
       const std::vector<Link *> links = links_;
       for (Link *link : links) link->settle_stopped();
@@ -168,12 +170,14 @@ uint32_t Engine::take_completions(kvl_completion *completions, uint32_t room, bo
   return taken;
 }
 
-void Engine::dispatch_events() {
+void Engine::dispatch_events(uint64_t until_ns) {
   epoll_event events[kEventsPerPoll];
   const int ready = epoll_wait(epoll_.get(), events, kEventsPerPoll, 0);
   for (int i = 0; i < ready; ++i) {
     auto *item = static_cast<Watch *>(events[i].data.ptr);
-    if (item != nullptr && !item->dead) item->on_events(events[i].events);
+    if (item == nullptr || item->dead) continue;
+    item->on_events(events[i].events);
+    if (now_ns() >= until_ns) break;  // level-triggered: the others are reported again
   }
   graveyard_.clear();
 }
@@ -237,7 +241,8 @@ bool Engine::try_progress(Link *link) {
   if (!io.owns_lock()) return false;
   attach_new_jobs();
   stats_.direct_sends.fetch_add(1, std::memory_order_relaxed);
-  return !link->down();  // its end is a completion that poll must give out
+  const std::lock_guard<std::mutex> lock(completions_mutex_);
+  return !link->down() && completions_.empty();  // else poll has something to give out, and must be woken
 }
 
 void Engine::attach_new_jobs() {

@@ -17,6 +17,7 @@
 #include "memory.h"
 #include "options.h"
 #include "socket.h"
+#include "tuner.h"
 #include "workers.h"
 
 namespace kvlink::host {
@@ -96,6 +97,7 @@ class Engine {
   RegionTable &regions() { return regions_; }
   Statistics &stats() { return stats_; }
   Workers &workers() { return workers_; }
+  CopyTuner &tuner() { return tuner_; }
   // One buffer for bytes that nobody wants (a refused PUT's payload).
   char *discard_buffer() { return discard_.data(); }
   size_t discard_size() const { return discard_.size(); }
@@ -103,7 +105,7 @@ class Engine {
  private:
   Engine();
   Failure start(const kvl_engine_params &params);
-  void dispatch_events();
+  void dispatch_events(uint64_t until_ns);
   // Copies slices until `until_ns`; true when work is left that needs no event.
   bool run_memory_jobs(uint64_t until_ns);
   uint32_t take_completions(kvl_completion *completions, uint32_t room, bool *left);
@@ -116,6 +118,7 @@ class Engine {
   RegionTable regions_;
   Statistics stats_;
   Workers workers_;
+  CopyTuner tuner_;
 
   UniqueFd epoll_, wake_fd_;
   std::mutex io_mutex_;

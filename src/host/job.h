@@ -45,7 +45,8 @@ struct Job {
   bool uses_memory = false;  // some range goes by shm or cma
   bool uses_tcp = false;
   Path slowest = Path::kShm;
-  CopyHint hint = CopyHint::kCached;
+  bool tuned = false;  // large enough that the copy kernel matters
+  uint64_t piece = 0;  // bytes of a range on average
 
   // Set from any thread; work that has begun is finished, nothing new begins.
   std::atomic<bool> cancelled{false};

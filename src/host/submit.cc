@@ -12,6 +12,8 @@ namespace {
 // Small enough to copy in the caller's thread: a few microseconds.
 constexpr uint64_t kInlineBytes = 64 * 1024;
 constexpr uint64_t kInlineRanges = 64;
+// Below this a transfer fits the caches of whoever reads it next, so ordinary stores serve best.
+constexpr uint64_t kTunedBytes = uint64_t{4} << 20;
 // Small enough to send from the caller's thread.
 constexpr uint64_t kDirectBytes = 64 * 1024;
 
@@ -72,7 +74,8 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
   job->uses_memory = plan.memory;
   job->uses_tcp = plan.tcp;
   job->slowest = plan.slowest;
-  job->hint = choose_hint(plan.bytes, plan.bytes / std::max<uint64_t>(plan.pieces, 1));
+  job->tuned = plan.bytes >= kTunedBytes;
+  job->piece = plan.bytes / std::max<uint64_t>(plan.pieces, 1);
   {
     const std::lock_guard<std::mutex> lock(state_mutex_);
     if (down_.load()) return report(failure_, err);
@@ -142,7 +145,11 @@ Failure Link::move_pieces(Path path, bool put, iovec *local, iovec *remote, size
 
 void Link::run_slice(Job &job, Slice &slice) {
   uint64_t moved = 0;
-  const Failure failure = move_pieces(slice.path, job.put, slice.local, slice.remote, slice.count, job.hint, &moved);
+  const bool tuned = job.tuned && slice.path == Path::kShm;
+  const CopyHint hint = tuned ? engine_.tuner().choose(job.piece) : CopyHint::kCached;
+  const uint64_t begin = tuned ? now_ns() : 0;
+  const Failure failure = move_pieces(slice.path, job.put, slice.local, slice.remote, slice.count, hint, &moved);
+  if (tuned) engine_.tuner().note(job.piece, hint, moved, now_ns() - begin);
   job.moved.fetch_add(moved);
   if (!failure.ok()) job.fail(failure);
 }

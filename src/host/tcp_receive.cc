@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kStagingBytes = 32 * 1024;
 constexpr size_t kStageRead = 8 * 1024;  // asked for beyond what is needed: a whole small frame in one call
-constexpr uint64_t kReceiveBudget = uint64_t{2} << 20;  // per event; epoll says at once when to go on
+constexpr uint64_t kReceiveBudget = uint64_t{1} << 20;  // per event; epoll says at once when to go on
 
 static_assert(kStagingBytes >= sizeof(FrameHeader) + kMaxFrameRanges * sizeof(TableEntry) + kStageRead,
               "a whole table fits");

@@ -13,7 +13,7 @@
 namespace kvlink::host {
 namespace {
 
-constexpr uint64_t kSendBudget = uint64_t{2} << 20;      // per call; epoll says at once when to go on
+constexpr uint64_t kSendBudget = uint64_t{1} << 20;      // per call; epoll says at once when to go on
 constexpr uint64_t kRequestWindow = uint64_t{16} << 20;  // unanswered bytes on one stream
 constexpr size_t kAcksPerSend = 64;
 

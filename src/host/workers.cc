@@ -48,6 +48,7 @@ void Workers::stop() {
 }
 
 void Workers::run() {
+  pthread_setname_np(pthread_self(), "kvlink-copy");
   const auto slice = std::make_unique<Slice>();
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {

