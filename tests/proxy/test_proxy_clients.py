@@ -145,7 +145,13 @@ def test_other_media(engines: Engines, proxies: Proxies) -> None:
     assert answer.status_code == 415
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=4) | st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.text(max_size=4)
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 ANY = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
 PARAMS = st.just({"do_remote_prefill": True, "remote_host": "evil"})
 

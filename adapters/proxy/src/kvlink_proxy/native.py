@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from kvlink_proxy.config import ProxyConfig
 from kvlink_proxy.engines import Engine, EnginePool
 from kvlink_proxy.errors import HopError, PassThrough, error_body
 from kvlink_proxy.exchange import ClientGone, Exchange
-from kvlink_proxy.headers import Headers, RawHeaders, to_client
+from kvlink_proxy.headers import RawHeaders, to_client
 from kvlink_proxy.metrics import Metrics
 from kvlink_proxy.sse import EventFilter, error_event, first_error
 from kvlink_proxy.upstream import Handoff, Stream, ask_decoder, ask_prefiller
@@ -194,16 +194,16 @@ class NativeFlow:
                 if not answer.events:
                     headers = to_client(answer.response.headers.raw)
                     self._metrics.routes.labels(job.route, reason).inc()
-                    await self._whole(job, headers, rewrite.clean_answer(answer.first))
+                    await self._sent(job.exchange.whole(200, headers, rewrite.clean_answer(answer.first)))
                     return "ok"
                 return await self._relay(job, engine, answer, reason)
 
-    async def _whole(self, job: Job, headers: Headers, body: bytes) -> None:
-        try:
-            with anyio.fail_after(self._config.client_timeout):
-                await job.exchange.whole(200, headers, body)
-        except TimeoutError:
-            raise ClientGone from None
+    async def _sent(self, sending: Awaitable[None]) -> None:
+        """Wait for the end of an answer to be taken, as long as a client may take for a piece."""
+        with anyio.move_on_after(self._config.client_timeout) as scope:
+            await sending
+        if scope.cancelled_caught:
+            raise ClientGone
 
     async def _relay(self, job: Job, engine: Engine, answer: Stream, reason: str) -> str:
         """Pass a stream of events on. Up to its first bytes a failure is the attempt's, after them the client's."""
@@ -244,12 +244,12 @@ class NativeFlow:
         elif not problem and not events.done:
             problem = "ended its answer without [DONE]"
         if not problem:
-            await exchange.finish()
+            await self._sent(exchange.finish())
             return "ok"
         broken = HopError("decode", engine.url, time.monotonic() - answer.began, "transport", problem)
         engine.failed(broken)
         logger.warning("request %s: %s", exchange.id, broken)
-        await exchange.finish(error_event(error_body(502, str(broken))))
+        await self._sent(exchange.finish(error_event(error_body(502, str(broken)))))
         return "upstream_error"
 
 
