@@ -110,6 +110,7 @@ void kve_channel_release(kve_channel *channel) {
     closing = channel->closing;
   }
   if (!closing) guarded(nullptr, [&] { return close_channel(*channel, channel->cancel_grace_ms, nullptr); });
+  forget_finished(*channel);
   channel->unref();
 }
 kvl_status kve_channel_statistics(kve_channel *channel, kve_statistics *out) {

@@ -231,7 +231,6 @@ kvl_status close_channel(kve_channel &channel, uint32_t grace_ms, kvl_error *err
   Lock lock(channel.mutex);
   const uint64_t deadline = after_ms(now_ns(), uint64_t{grace_ms} + kCloseSlackMs);
   if (channel.changed.wait_until(lock, time_point(deadline), [&channel] { return channel.closed; })) return KVL_OK;
-  channel.abandoned = true;
   for (const Ref<kve_peer> &peer : channel.peers) force_end_locked(*peer);
   return fail(err, KVL_TIMEOUT,
               "closing the channel of provider '%s' took longer than %u ms; it hangs in %s. The channel is abandoned: "
@@ -256,6 +255,16 @@ uint32_t drain_channel(kve_channel &channel, uint64_t *ids, uint32_t capacity) n
     [[maybe_unused]] const ssize_t got = read(channel.event_fd, &value, sizeof value);
   }
   return count;
+}
+
+void forget_finished(kve_channel &channel) noexcept {
+  {
+    Lock lock(channel.mutex);
+    channel.released = true;
+  }
+  uint64_t ids[16];
+  while (drain_channel(channel, ids, 16) == 16) {
+  }
 }
 
 }  // namespace kvlink

@@ -164,7 +164,7 @@ struct kve_channel final : kvlink::RefCounted {
   uint32_t connects = 0;
   bool closing = false;
   bool closed = false;
-  bool abandoned = false;
+  bool released = false;  // nobody asks for finished transfers any more
   bool stop_thread = false;
   bool thread_exited = false;
   kvl_status down = KVL_OK;  // ENGINE_DOWN once the provider said so
@@ -265,5 +265,7 @@ kvl_status refuse_closed_locked(const kve_channel &channel, kvl_error *err) noex
 kvl_status open_channel(kve_provider &provider, const kve_channel_params &params, kve_channel **out, kvl_error *err);
 kvl_status close_channel(kve_channel &channel, uint32_t grace_ms, kvl_error *err);
 uint32_t drain_channel(kve_channel &channel, uint64_t *ids, uint32_t capacity) noexcept;
+// Nobody will ask any more: lets go of the finished transfers, which own the channel through their peer.
+void forget_finished(kve_channel &channel) noexcept;
 
 }  // namespace kvlink

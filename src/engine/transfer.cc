@@ -134,6 +134,7 @@ void notify_locked(kve_transfer &transfer) noexcept {
   if (transfer.notified) return;
   transfer.notified = true;
   kve_channel &channel = *transfer.peer->channel;
+  if (channel.released) return;
   const bool was_empty = channel.finished.empty();
   channel.finished.push_back(&transfer);
   if (!was_empty) return;  // the descriptor is readable already
