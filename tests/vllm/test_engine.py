@@ -116,6 +116,22 @@ def test_many_at_once(engines):
     assert d.stats["pulls"] == 20
 
 
+@pytest.mark.parametrize("reverse", [(False, True), (True, False), (True, True)])
+def test_blocks_in_any_order_find_their_places_and_join_where_they_can(engines, tmp_path, reverse):
+    """vLLM hands freed blocks out again in falling order."""
+    p = engines("kv_producer")
+    d = engines("kv_consumer", blocks=40, **{"kvlink.trace_file": str(tmp_path / "trace")})
+    for engine, falling in zip((p, d), reverse, strict=True):
+        if falling:
+            engine.free.reverse()
+    tokens = list(range(5 * BLOCK))
+    request = decode(d, "d1", tokens, prefill(p, "p1", tokens))
+    settle(p, d)
+    assert request.computed_here == 1
+    planes = 2
+    assert json.loads((tmp_path / "trace").read_text())["ranges"] == (planes if all(reverse) else planes * 5)
+
+
 def test_tensor_parallel_pairs_ranks(engines):
     p, d = engines("kv_producer", ranks=2), engines("kv_consumer", ranks=2, blocks=40)
     tokens = list(range(30))
