@@ -256,6 +256,8 @@ void Engine::attach_new_jobs() {
   // All jobs are entered before anything is sent: a link that breaks while sending ends jobs of this batch.
   std::vector<Link *> links;
   for (Job *job : jobs) {
+    job->attached = true;
+    if (job->stopped()) settling_.store(true);
     if (job->uses_memory) {
       memory_jobs_.push_back(job);
       if (job->bytes >= kHelperBytes) workers_.offer(job);

@@ -64,6 +64,7 @@ struct Job {
   bool tcp_end = false;
   uint32_t outstanding = 0;  // frames whose answer is missing
   bool queued_tcp = false;   // in the link's queue
+  bool attached = false;     // poll's thread has taken it over from the submitting one; only then may it end
 
   bool stopped() const { return cancelled.load() || failed.load(); }
   void fail(const Failure &first);

@@ -272,7 +272,9 @@ void Link::settle_stopped() {
   {
     const std::lock_guard<std::mutex> lock(state_mutex_);
     for (const auto &item : jobs_) {
-      if (item.second->stopped()) stopped.push_back(item.second.get());
+      // One that was cancelled before poll took it over is still in the engine's queue, which would be left with a
+      // pointer to nothing; attach_new_jobs asks for another round.
+      if (item.second->attached && item.second->stopped()) stopped.push_back(item.second.get());
     }
   }
   for (Job *job : stopped) settle(job);
