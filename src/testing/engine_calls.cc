@@ -62,7 +62,6 @@ kvl_status Probe(kvl_error *err) {
 kvl_status EngineOpen(const kvl_engine_params *params, kvl_engine **engine, kvl_error *err) {
   try {
     kvl_status status = KVL_OK;
-    if (GlobalFaults()->Inject("engine_open", err, &status)) return status;
     std::map<std::string, std::string> own;
     std::vector<kvl_option> others;
     for (uint32_t index = 0; index < params->option_count; ++index) {
@@ -80,6 +79,7 @@ kvl_status EngineOpen(const kvl_engine_params *params, kvl_engine **engine, kvl_
       return Fail(err, KVL_INVALID, 0, "hook:engine_open", problem);
     }
     fresh->faults.Configure(fresh->settings);
+    if (fresh->faults.Inject("engine_open", err, &status)) return status;
     kvl_engine_params inner_params = *params;
     inner_params.options = others.data();
     inner_params.option_count = static_cast<uint32_t>(others.size());
@@ -108,6 +108,7 @@ void EngineClose(kvl_engine *handle) {
   engine->ledger.EngineClosing();
   engine->ledger.Call("engine_close", engine, KVL_OK);
   P().engine_close(engine->inner);
+  engine->ledger.CloseFile();
 }
 
 kvl_status EngineQuery(kvl_engine *handle, kvl_attr *attr, kvl_error *err) {

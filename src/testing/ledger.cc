@@ -32,23 +32,37 @@ std::string Hex(uint32_t handle) {
   return text;
 }
 
+int OpenFile(const std::string &path) { return open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600); }
+
 }  // namespace
 
-Ledger::~Ledger() {
-  if (fd_ >= 0) close(fd_);
-}
+Ledger::~Ledger() { CloseFile(); }
 
 bool Ledger::Open(const std::string &path, std::string *problem) {
-  fd_ = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-  if (fd_ >= 0) return true;
-  *problem = "hook_log: cannot open " + path + ": " + std::strerror(errno);
-  return false;
+  fd_ = OpenFile(path);
+  if (fd_ < 0) {
+    *problem = "hook_log: cannot open " + path + ": " + std::strerror(errno);
+    return false;
+  }
+  path_ = path;
+  return true;
+}
+
+void Ledger::CloseFile() {
+  std::lock_guard<std::mutex> lock(file_mutex_);
+  if (fd_ >= 0) close(fd_);
+  fd_ = -1;
 }
 
 void Ledger::Write(const std::string &line) {
   // O_APPEND and one write a line: lines of several processes do not mix.
   const std::string text = line + "\n";
-  if (write(fd_, text.data(), text.size()) < 0) return;
+  std::lock_guard<std::mutex> lock(file_mutex_);
+  const int fd = fd_ >= 0 ? fd_ : OpenFile(path_);
+  if (fd < 0) return;
+  const ssize_t written = write(fd, text.data(), text.size());
+  static_cast<void>(written);
+  if (fd != fd_) close(fd);
 }
 
 void Ledger::Call(const char *function, const void *object, kvl_status status) {

@@ -22,7 +22,9 @@ class Ledger {
  public:
   ~Ledger();
   bool Open(const std::string &path, std::string *problem);
-  bool on() const { return fd_ >= 0; }
+  bool on() const { return !path_.empty(); }
+  // The engine has gone: keeps no descriptor; what comes after is a violation and opens the file again.
+  void CloseFile();
 
   void Call(const char *function, const void *object, kvl_status status);
   void Violation(const char *who, const std::string &text);
@@ -74,7 +76,9 @@ class Ledger {
   void Finish(uint64_t tag, bool check_ranges);
   void CountUses(const Submit &submit, int by);
 
-  int fd_ = -1;
+  std::string path_;
+  std::mutex file_mutex_;
+  int fd_ = -1;  // guarded by file_mutex_
   std::mutex mutex_;
   bool closed_ = false;
   kvl_attr limits_{};

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class Agent:
     def __init__(self) -> None:
         self._channels: dict[str, kvlink.Channel] = {}
         self._storage: dict[str, Storage] = {}
-        self._kept: list[Storage] = []
+        self._handles: dict[tuple[str, str], int] = {}
+        self._known: dict[str, kvlink.Peer] = {}
+        self._aliases: dict[str, kvlink.Region] = {}
         self._transfers: dict[int, kvlink.Transfer] = {}
         self._callbacks: dict[int, int] = {}
         self._streams: dict[int, Stream] = {}
@@ -70,6 +72,10 @@ class Agent:
         start = time.monotonic()
         self._channels.pop(channel).close(grace=grace)
         return time.monotonic() - start
+
+    def do_address(self, *, channel: str = _CHANNEL) -> str:
+        """Returns the channel's address."""
+        return self._channels[channel].address
 
     def do_statistics(self, *, channel: str = _CHANNEL) -> dict[str, Any]:
         """Returns the channel's counters that are whole numbers."""
@@ -146,17 +152,86 @@ class Agent:
         changed = int(np.count_nonzero(storage.read(0, storage.nbytes) != before))
         return {"seconds": seconds, "changed": changed}
 
+    def do_probe_allocation(self, *, kind: str, nbytes: int, seed: int, channel: str = _CHANNEL) -> dict[str, int]:
+        """Allocates a region, looks at it, dirties it, and closes it."""
+        storage = make_storage(
+            self._channels[channel], "probe", nbytes, kind=kind, access="rw", alignment=1
+        )
+        found = {
+            "nbytes": int(storage.region.nbytes),
+            "nonzero": int(np.count_nonzero(storage.read(0, nbytes))),
+            "address": int(storage.region.address),
+        }
+        storage.fill(seed)
+        storage.region.close()
+        return found
+
+    def do_alias(self, *, name: str, alias: str, offset: int, nbytes: int, channel: str = _CHANNEL) -> None:
+        """Registers a part of a region's memory under a second name."""
+        address = int(self._storage[name].region.address)
+        self._aliases[alias] = self._channels[channel].register((address + offset, nbytes, "cpu"), name=alias)
+
+    def do_close_alias(self, *, alias: str) -> None:
+        """Closes a second name."""
+        self._aliases.pop(alias).close()
+
+    def do_register_wrong(self, *, what: str, channel: str = _CHANNEL) -> None:
+        """Tries to register something that cannot be."""
+        good = np.zeros(4096, dtype=np.uint8)
+        register = self._channels[channel].register
+        if what == "empty":
+            register(good[:0], name="wrong")
+        elif what == "readonly":
+            good.flags.writeable = False
+            register(good, name="wrong")
+        elif what == "null":
+            register((0, 4096, "cpu"), name="wrong")
+        elif what == "strided":
+            register(good[::2], name="wrong")
+        elif what == "long name":
+            register(good, name="x" * 201)
+        elif what == "no name":
+            register(good, name="")
+        elif what == "access":
+            register(good, name="wrong", access="x")
+
+    def do_cycle_regions(
+        self, *, kind: str, nbytes: int, warm_up: int, count: int, channel: str = _CHANNEL
+    ) -> dict[str, int]:
+        """Registers and closes a region again and again.
+
+        Returns:
+            By how much descriptors, mappings and resident KiB of this process grew over ``count`` rounds that followed
+            ``warm_up``.
+        """
+        opened = self._channels[channel]
+        plain = np.zeros(nbytes, dtype=np.uint8)
+        before: dict[str, int] = {}
+        for index in range(warm_up + count):
+            if index == warm_up:
+                before = resources.usage()
+            if kind == "plain":
+                opened.register(plain, name="cycle").close()
+            else:
+                opened.allocate(nbytes, name="cycle").close()
+        after = resources.usage()
+        return {name: after[name] - before[name] for name in before}
+
     # ---- peers ----
     def _peer(self, peer: str, channel: str) -> kvlink.Peer:
         found = self._channels[channel].peers().get(peer)
         if found is None:
-            raise kvlink.PeerLost(f"the channel has no peer {peer!r} any more", peer=peer)
+            found = self._known.get(peer)  # a lost or closed peer still answers, with its error
+        if found is None:
+            raise ConfigError(f"the channel never had a peer {peer!r}", operation="test")
+        self._known[peer] = found
         return found
 
     def do_connect(self, *, address: str, timeout: float = 10.0, channel: str = _CHANNEL) -> dict[str, Any]:
         """Connects; returns the peer's id, its regions and its identity."""
         start = time.monotonic()
         peer = self._channels[channel].connect(address, timeout=timeout)
+        self._known[peer.id] = peer
         return {
             "peer": peer.id,
             "regions": sorted(peer.regions),
@@ -261,9 +336,17 @@ class Agent:
     def _ranges(self, peer: str, local: str, remote: str, blocks: list[list[int]], channel: str) -> Any:
         return kvlink.ranges(
             self._storage[local].region,
-            self._peer(peer, channel).regions[remote],
+            self._remote_region(peer, remote, channel),
             np.asarray(blocks, dtype=np.int64).reshape(-1, 3),
         )
+
+    def _remote_region(self, peer: str, name: str, channel: str) -> kvlink.RemoteRegion | int:
+        """The region, or its old handle when it is gone: a stale handle is what a careless caller would use."""
+        region = self._peer(peer, channel).regions.get(name)
+        if region is None:
+            return self._handles.get((peer, name), 0xFFFF_FFFF)
+        self._handles[peer, name] = region.handle
+        return region
 
     def do_start(
         self,
@@ -335,6 +418,33 @@ class Agent:
         number = self.do_start(timeout=timeout, **arguments)
         return self.do_wait(transfer=number, timeout=30.0 if timeout is None else timeout + 10.0)
 
+    def do_transfer_parts(
+        self, *, operation: str, peer: str, parts: list[dict[str, Any]], channel: str = _CHANNEL
+    ) -> int:
+        """Moves blocks of several region pairs in one transfer; returns the bytes."""
+        ranges = np.concatenate([self._ranges(peer, channel=channel, **part) for part in parts])
+        found = self._peer(peer, channel)
+        transfer = found.put(ranges) if operation == "put" else found.get(ranges)
+        transfer.wait()
+        return int(transfer.result().nbytes)
+
+    def do_put_malformed(self, *, peer: str, what: str, channel: str = _CHANNEL) -> None:
+        """Puts ranges that no caller should have made, between regions "a" and "b"."""
+        ranges = self._ranges(peer, "a", "b", [[0, 0, 64], [64, 64, 64]], channel)
+        if what == "dtype":
+            ranges = np.zeros((2, 5), dtype=np.int64)
+        elif what == "shape":
+            ranges = ranges.reshape(1, 2)
+        elif what == "strided":
+            ranges = np.concatenate([ranges, ranges])[::2]
+        elif what == "list":
+            ranges = [(0, 0, 64)]
+        elif what == "local handle":
+            ranges["mem"] ^= 0x5A00_0001
+        elif what == "remote handle":
+            ranges["rmem"] ^= 0x5A00_0001
+        self._peer(peer, channel).put(ranges).wait()
+
     def do_stream(self, *, operation: str, peer: str, depth: int = 4, channel: str = _CHANNEL, **where: Any) -> int:
         """Keeps ``depth`` transfers going until told to stop or until one fails; returns a number."""
         ranges = self._ranges(peer, channel=channel, **where)
@@ -359,6 +469,45 @@ class Agent:
         """Sleeps without giving the interpreter to any other thread."""
         resources.hold_gil(seconds)
 
+    def do_close_by_threads(self, *, count: int, channel: str = _CHANNEL) -> None:
+        """Closes a channel from several threads at once."""
+        opened = self._channels.pop(channel)
+        failures: list[BaseException] = []
+
+        def close() -> None:
+            try:
+                opened.close()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=close) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        if failures:
+            raise failures[0]
+        if any(thread.is_alive() for thread in threads):
+            raise ConfigError("a thread hangs in close()")
+
+    def do_fork_and_try(self, *, peer: str, channel: str = _CHANNEL) -> dict[str, str]:
+        """Forks; the child tries the calls of channel, peer and region, and reports what each raised."""
+        opened, found = self._channels[channel], self._peer(peer, channel)
+        region = next(iter(opened.regions.values()))
+        ranges = kvlink.ranges(region, found.regions["b"], [[0, 0, 64]])
+        calls: dict[str, Callable[[], object]] = {
+            "register": lambda: opened.register(np.zeros(4096, np.uint8), name="forked"),
+            "connect": lambda: opened.connect(opened.address, timeout=1.0),
+            "peers": opened.peers,
+            "statistics": opened.statistics,
+            "put": lambda: found.put(ranges),
+            "get": lambda: found.get(ranges),
+            "request": lambda: found.request(b"x", timeout=1.0),
+            "notify": lambda: found.notify(b"x"),
+            "close region": region.close,
+        }
+        return resources.in_fork(lambda: {name: _outcome(call) for name, call in calls.items()})
+
     def do_resources(self) -> dict[str, int]:
         """Returns open descriptors, threads, mappings and resident KiB of this process."""
         return resources.usage()
@@ -370,6 +519,14 @@ class Agent:
     def do_log(self, *, message: str) -> None:
         """Writes a line to this process's log."""
         logging.getLogger("kvlink.testing").info(message)
+
+
+def _outcome(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except BaseException as error:
+        return type(error).__name__
+    return "nothing"
 
 
 def main() -> int:

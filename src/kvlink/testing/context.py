@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,7 @@ from .._engine_types import Attributes, Capability
 from ..config import validate_options
 from ..registry import ProviderSpec, find
 from . import hook, resources
+from .hook import CallLog
 from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
 from .layouts import round_up
 from .suite import ConformanceFailure, DeclaredSkip, Settings, check
@@ -278,6 +282,13 @@ class Context:
             pair.a.transfer("get", pair.ab, "a", "b", [(3 * size, 0, size)])
             pair.a.verify("a", 1, [(3 * size, 2, 0, size)])
 
+    def round_trip_of_new_region(self, pair: Pair) -> None:
+        """As :meth:`round_trip`, after region "b" was closed; connects again when that cost the connection."""
+        if pair.a.call("peers").get(pair.ab) != "connected":
+            pair = self.join(pair.a, pair.b, pair.b.call("address"))
+        pair.b.memory("b", round_up(1 << 20, max(1, self.attributes.memory_alignment)), 2, kind=self.kind)
+        self.round_trip(pair)
+
     @contextmanager
     def error(self, *kinds: type[errors.KvlinkError], operation: str | None = None) -> Iterator[Caught]:
         """Expects one of these errors, with a text that helps.
@@ -300,6 +311,70 @@ class Context:
             return
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ConformanceFailure(f"no {names} was raised")
+
+    @contextmanager
+    def error_text(self, *kinds: type[errors.KvlinkError]) -> Iterator[Caught]:
+        """Expects one of these errors from a helper that is no operation on a channel: only the text matters."""
+        caught = Caught()
+        try:
+            yield caught
+        except kinds as error:
+            caught.error = error
+            check(str(error).strip(), f"{type(error).__name__} has no text")
+            return
+        raise ConformanceFailure(f"no {' or '.join(kind.__name__ for kind in kinds)} was raised")
+
+    def config_error(self) -> AbstractContextManager[Caught]:
+        """Expects that a wrong argument is refused."""
+        return self.error(errors.ConfigError)
+
+    def refused(self) -> AbstractContextManager[Caught]:
+        """Expects that ranges are refused before anything moves."""
+        return self.error(errors.RangeError)
+
+    def release(self, pair: Pair) -> None:
+        """Closes everything of a pair and makes its endpoints go, so that memory does not pile up within a case."""
+        for endpoint in (pair.a, pair.b):
+            if isinstance(endpoint, RemoteEndpoint):
+                self._remotes.remove(endpoint)
+                problems = self._dispose_remote(endpoint)
+            else:
+                assert isinstance(endpoint, LocalEndpoint)
+                self._locals.remove(endpoint)
+                problems = endpoint.dispose()
+            check(not problems, f"closing failed: {'; '.join(problems)}")
+
+    def close_pair(self, pair: Pair) -> None:
+        """Closes both channels the orderly way, the acceptor's last."""
+        pair.a.close()
+        pair.b.close()
+
+    def check_log(self, *paths: Path) -> CallLog:
+        """Fails when the hook saw the contract broken; returns the last log."""
+        log = CallLog()
+        for path in paths:
+            log = hook.read_log(path)
+            check(log.order, f"the hook wrote nothing into {path.name}")
+            check(not log.violations, "the contract was broken: " + "; ".join(sorted(set(log.violations))[:5]))
+        return log
+
+    def check_nothing_left_of(self, *endpoints: LocalEndpoint) -> None:
+        """Disposes of endpoints and checks that nothing of them is left, in the middle of a case."""
+        for endpoint in endpoints:
+            self._locals.remove(endpoint)
+            problems = endpoint.dispose()
+            check(not problems, f"closing failed: {'; '.join(problems)}")
+        self.check_nothing_left()
+
+    def send_garbage(self, address: str) -> None:
+        """Sends nonsense to a listener, over connections that are then dropped."""
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        for payload in (b"", b"\0", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 70_000, os.urandom(5000), b"\0\0\0\x05hello"):
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as stranger:
+                try:
+                    stranger.sendall(payload)
+                except OSError:
+                    pass  # it was thrown out already
 
     def later(self, function: Callable[[], object]) -> None:
         """Calls ``function`` when the case is over, before the endpoints go."""
@@ -332,6 +407,9 @@ class Context:
         if not remote.child.alive:
             remote.child.kill()
             return []
+        if remote.stopped:
+            remote.child.kill()
+            return []
         try:
             problems = list(remote.call("reset"))
         except ConformanceFailure as error:
@@ -342,6 +420,7 @@ class Context:
 
     def check_nothing_left(self) -> None:
         """Fails when this process has more descriptors or threads than before the case."""
+        gc.collect()  # a closed channel's event descriptor goes with its object
         for what in ("descriptors", "threads"):
             # Children in the pool have two pipes and a file each, and a reader thread here.
             extra = (len(self._bench.idle) - self._idle_before) * (3 if what == "descriptors" else 1)

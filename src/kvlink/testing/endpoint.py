@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -175,6 +176,12 @@ class RemoteEndpoint(Endpoint):
         self.name = name
         self.open_defaults = open_defaults
         self.child = child
+        self.stopped = False
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the child; after SIGKILL or SIGSTOP it serves no other case."""
+        self.stopped = self.stopped or number in (signal.SIGKILL, signal.SIGSTOP)
+        self.child.signal(number)
 
     def start(self, command: str, **arguments: Any) -> Future[Any]:
         """Runs a command in the background."""

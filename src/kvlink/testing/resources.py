@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,3 +61,28 @@ def hold_gil(seconds: float) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         library.usleep(ctypes.c_uint(min(int(left * 1e6) + 1, 900_000)))
+
+
+def in_fork(function: Callable[[], dict[str, str]], timeout: float = 20.0) -> dict[str, str]:
+    """Runs a function in a forked child and returns its answer.
+
+    Raises:
+        ConformanceFailure: The child crashed or hung.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # Only this thread exists here, and nothing of the parent's may run: no clean-up, no handlers.
+        signal.alarm(int(timeout))
+        try:
+            os.write(write, json.dumps(function()).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as stream:
+        answer = stream.read()
+    _, status = os.waitpid(child, 0)
+    if status or not answer:
+        raise ConformanceFailure(f"the forked child ended with wait status {status}")
+    found: dict[str, str] = json.loads(answer)
+    return found

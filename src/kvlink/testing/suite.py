@@ -13,7 +13,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .context import Context
 
-GROUPS = ("load", "handshake", "memory", "data", "semantics", "faults", "threads", "honesty")
+GROUPS = ("load", "handshake", "memory", "data", "semantics", "closing", "faults", "injected", "threads", "honesty")
 PROFILES = ("load", "quick", "full")
 
 CaseFunction = Callable[["Context"], None]

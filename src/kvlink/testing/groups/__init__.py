@@ -1,0 +1,1 @@
+"""The groups of cases, one file each."""
