@@ -13,7 +13,7 @@ using namespace kvlink::test;
 
 namespace {
 
-constexpr uint64_t kRegionBytes = uint64_t{72} << 20;
+constexpr uint64_t kRegionBytes = uint64_t{50} << 20;
 constexpr uint32_t kMem = 3, kRemote = 5;
 
 struct Shape {
@@ -25,6 +25,13 @@ const Shape kShapes[] = {{1, 1},        {1, 8192},     {7, 100},           {63, 
                          {511, 333},    {4096, 1},     {4096, 16},         {4097, 17},    {4096, 8192},
                          {16384, 1000}, {65536, 1},    {65537, 200},       {65536, 512},  {(1 << 20) - 1, 3},
                          {1 << 20, 1},  {1 << 20, 33}, {(1 << 20) + 1, 5}, {16 << 20, 1}, {16 << 20, 3}};
+
+// The part of the regions that a shape uses, and a page more.
+uint64_t extent(const Shape &shape) {
+  const uint64_t bytes = shape.count * (shape.size + 29) + 4096;
+  CHECK(bytes <= kRegionBytes);
+  return bytes;
+}
 
 // The blocks of a shape in random order with gaps on both sides.
 std::vector<kvl_range> make_ranges(const Shape &shape, uint64_t seed) {
@@ -43,19 +50,19 @@ std::vector<kvl_range> make_ranges(const Shape &shape, uint64_t seed) {
 }
 
 // What the receiving region must hold: its old bytes, but for the blocks.
-void expect_blocks(const uint8_t *data, uint64_t old_seed, uint64_t source_seed, const std::vector<kvl_range> &ranges,
-                   bool receiver_is_remote) {
-  Bytes expected(kRegionBytes);
-  fill(expected.data(), kRegionBytes, old_seed);
-  Bytes source(kRegionBytes);
-  fill(source.data(), kRegionBytes, source_seed);
+void expect_blocks(const uint8_t *data, uint64_t length, uint64_t old_seed, uint64_t source_seed,
+                   const std::vector<kvl_range> &ranges, bool receiver_is_remote) {
+  Bytes expected(length);
+  fill(expected.data(), length, old_seed);
+  Bytes source(length);
+  fill(source.data(), length, source_seed);
   for (const kvl_range &range : ranges) {
     const uint64_t to = receiver_is_remote ? range.remote_offset : range.local_offset;
     const uint64_t from = receiver_is_remote ? range.local_offset : range.remote_offset;
     std::memcpy(&expected[to], &source[from], range.length);
   }
-  if (std::memcmp(data, expected.data(), kRegionBytes) == 0) return;
-  for (uint64_t i = 0; i < kRegionBytes; ++i) {
+  if (std::memcmp(data, expected.data(), length) == 0) return;
+  for (uint64_t i = 0; i < length; ++i) {
     if (data[i] != expected[i]) {
       std::fprintf(stderr, "byte %llu is %u, expected %u\n", static_cast<unsigned long long>(i), data[i], expected[i]);
       std::exit(1);
@@ -70,7 +77,7 @@ void submitter(TestEngine &engine, kvl_link *link, Pipe &pipe, uint8_t *data, ui
     for (const uint32_t operation : {KVL_PUT, KVL_GET}) {
       ++round;
       const auto ranges = make_ranges(shape, round);
-      fill(data, kRegionBytes, 2 * round);
+      fill(data, extent(shape), 2 * round);
       pipe.signal();
       pipe.await();
       const kvl_completion done = transfer(engine, link, operation, ranges);
@@ -78,7 +85,7 @@ void submitter(TestEngine &engine, kvl_link *link, Pipe &pipe, uint8_t *data, ui
       CHECK_EQ(done.status, KVL_OK);
       CHECK_EQ(done.path, path);
       CHECK_EQ(done.bytes, shape.size * shape.count);
-      if (operation == KVL_GET) expect_blocks(data, 2 * round, 2 * round + 1, ranges, false);
+      if (operation == KVL_GET) expect_blocks(data, extent(shape), 2 * round, 2 * round + 1, ranges, false);
       pipe.signal();
       pipe.await();
     }
@@ -90,11 +97,12 @@ void target(Pipe &pipe, uint8_t *data) {
   for (const Shape &shape : kShapes) {
     for (const uint32_t operation : {KVL_PUT, KVL_GET}) {
       ++round;
-      fill(data, kRegionBytes, 2 * round + 1);
+      fill(data, extent(shape), 2 * round + 1);
       pipe.await();
       pipe.signal();
       pipe.await();
-      if (operation == KVL_PUT) expect_blocks(data, 2 * round + 1, 2 * round, make_ranges(shape, round), true);
+      if (operation == KVL_PUT)
+        expect_blocks(data, extent(shape), 2 * round + 1, 2 * round, make_ranges(shape, round), true);
       pipe.signal();
     }
   }
