@@ -30,7 +30,12 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _measure(parts: Sequence[str], repeats: int, nixl: Path | None) -> tuple[list[Check], list[dict[str, object]]]:
+def _lengths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _measure(args: argparse.Namespace) -> tuple[list[Check], list[dict[str, object]]]:
+    parts, repeats = args.only or PARTS, args.repeats
     checks: list[Check] = []
     rows: list[dict[str, object]] = []
     if "transfer" in parts:
@@ -47,7 +52,13 @@ def _measure(parts: Sequence[str], repeats: int, nixl: Path | None) -> tuple[lis
     if "engine" in parts:
         from benchmarks import ttft
 
-        measured = ttft.measure(repeats, nixl=nixl, report=lambda line: print(f"# {line}", flush=True))
+        measured = ttft.measure(
+            repeats,
+            nixl=args.nixl,
+            report=lambda line: print(f"# {line}", flush=True),
+            lengths=args.lengths or ttft.LENGTHS,
+            idle_seconds=args.idle_seconds,
+        )
         print_table(measured)
         checks += measured
     return checks, rows
@@ -69,12 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--nixl", type=Path, metavar="DIR", help="folder that `pip install --target DIR --no-deps nixl nixl-cu12` made"
     )
+    parser.add_argument(
+        "--lengths", type=_lengths, metavar="N,N", help="prompts of the engine part, tokens (501,2003,6007)"
+    )
+    parser.add_argument(
+        "--idle-seconds", type=float, default=60.0, metavar="S", help="how long idle engines are watched (%(default)s)"
+    )
     args = parser.parse_args(argv)
     load = os.getloadavg()[0]
     print(f"{_processor()}, {os.cpu_count()} cores, Linux {platform.release()}, load {load:.2f}", flush=True)
     if load > 0.5:
         print("something else is running on this machine: expect noise", file=sys.stderr)
-    checks, rows = _measure(args.only or PARTS, args.repeats, args.nixl)
+    checks, rows = _measure(args)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     machine = {"processor": _processor(), "cores": os.cpu_count(), "kernel": platform.release(), "load": load}
     args.json.write_text(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import statistics
 import tempfile
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.cluster import Cluster, Completion, Engine, EngineSpec, Port, PullTrace, Server, kvlink_config
+from tools.cluster import Cluster, Completion, Engine, EngineSpec, PullTrace, Server, kvlink_config
 from tools.make_model import ModelSpec, make_model
 
 from benchmarks.checks import Check
@@ -89,18 +90,28 @@ def _kvlink(cluster: Cluster, model: Path) -> tuple[Engine, Engine, PullTrace]:
     return prefill, decode, trace
 
 
+def _low_port() -> int:
+    """Return a free port below those that the kernel hands out: zmq binds it later and takes no reserved one."""
+    while True:
+        number = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", number))
+            except OSError:
+                continue
+        return number
+
+
 def _nixl(cluster: Cluster, model: Path, folder: Path) -> tuple[Engine, Engine]:
     engines = []
     for role, core in zip(("prefill", "decode"), _cores(), strict=True):
-        side_channel = Port()
         env = {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel.number),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_low_port()),
             "UCX_TLS": "all",
         }
         transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
         engines.append(cluster.engine(_spec(f"nixl-{role}", model, core, transfer, env=env)))
-        side_channel.release()  # bound with zmq, which takes no reserved port
     return engines[0], engines[1]
 
 
@@ -127,7 +138,7 @@ def _running(setup: SetUp) -> Iterator[None]:
             engine.pause()
 
 
-def _idle(setups: dict[str, SetUp]) -> Check:
+def _idle(setups: dict[str, SetUp], seconds: float) -> Check:
     """Compare what idle engines use: plain, and with the connector and a connected peer."""
     names = ("single", "kvlink")
     for name in names:
@@ -136,7 +147,7 @@ def _idle(setups: dict[str, SetUp]) -> Check:
     time.sleep(2.0)  # let the last answers' clean-up end; the figure is an average over a minute
     engines = [engine for name in names for engine in setups[name].engines]
     begun, before = time.monotonic(), [engine.cpu_seconds() for engine in engines]
-    time.sleep(IDLE_SECONDS)
+    time.sleep(seconds)
     elapsed = time.monotonic() - begun
     used = [100 * (engine.cpu_seconds() - start) / elapsed for engine, start in zip(engines, before, strict=True)]
     note = ", ".join(f"{engine.name} {percent:.2f} %" for engine, percent in zip(engines, used, strict=True))
@@ -145,8 +156,8 @@ def _idle(setups: dict[str, SetUp]) -> Check:
     )
 
 
-def _judge(setups: dict[str, SetUp]) -> Iterator[Check]:
-    for length in LENGTHS:
+def _judge(setups: dict[str, SetUp], lengths: Sequence[int]) -> Iterator[Check]:
+    for length in lengths:
         single = statistics.median(setups["single"].ttft[length])
         for name in list(setups)[1:]:
             median = statistics.median(setups[name].ttft[length])
@@ -154,7 +165,7 @@ def _judge(setups: dict[str, SetUp]) -> Iterator[Check]:
             bound = (single * TTFT_SHARE + TTFT_SECONDS) * 1e3 if name == "kvlink" else None
             note = f"{min(values) * 1e3:.0f}-{max(values) * 1e3:.0f}; single {single * 1e3:.0f} ms"
             yield Check(f"TTFT of {length:,} tokens, 1P1D over {name}", median * 1e3, "ms", at_most=bound, note=note)
-    longest = LENGTHS[-1]
+    longest = max(lengths)
     ours = statistics.median(setups["kvlink"].transfers[longest])
     bound = None
     if "nixl" in setups:
@@ -164,13 +175,22 @@ def _judge(setups: dict[str, SetUp]) -> Iterator[Check]:
     yield Check(f"transfer of {longest:,} tokens over kvlink", ours * 1e3, "ms", at_most=bound)
 
 
-def measure(repeats: int, *, nixl: Path | None, report: Callable[[str], None]) -> list[Check]:
+def measure(
+    repeats: int,
+    *,
+    nixl: Path | None,
+    report: Callable[[str], None],
+    lengths: Sequence[int] = LENGTHS,
+    idle_seconds: float = IDLE_SECONDS,
+) -> list[Check]:
     """Measure the engines.
 
     Args:
         repeats: Requests of each length to each set-up, after one that is dropped.
         nixl: Folder with the nixl package, or None to leave NixlConnector out.
         report: Takes lines of progress.
+        lengths: Of the prompts, tokens.
+        idle_seconds: How long the idle engines are watched.
 
     Returns:
         The figures.
@@ -198,9 +218,9 @@ def measure(repeats: int, *, nixl: Path | None, report: Callable[[str], None]) -
         for setup in setups.values():
             for engine in setup.engines:
                 engine.pause()
-        for length in LENGTHS:
+        for length in lengths:
             _measure_length(setups, length, repeats, report)
-        return [*_judge(setups), _idle(setups)]
+        return [*_judge(setups, lengths), _idle(setups, idle_seconds)]
 
 
 def _measure_length(setups: dict[str, SetUp], length: int, repeats: int, report: Callable[[str], None]) -> None:

@@ -81,7 +81,7 @@ class Plan:
                 first = int(generator.integers(places - self.blocks + 1))
                 chosen = np.arange(first, first + self.blocks)
             else:
-                chosen = generator.permutation(places)[: self.blocks]
+                chosen = generator.choice(places, self.blocks, replace=False)
             table[:, side] = chosen * self.stride
         table[:, 2] = self.block_size
         return table

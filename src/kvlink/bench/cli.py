@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from ..errors import KvlinkError
+from ..errors import ConfigError, KvlinkError
 from ._plan import OPERATIONS, PATHS, Plan
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         result = _runner.run(plan)
     except KvlinkError as error:
         print(f"kvlink bench: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     if args.json:
         print(json.dumps(result.as_dict()))
         return 0
