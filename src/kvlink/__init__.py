@@ -116,4 +116,3 @@ __all__ = [
     "probe",
     "ranges",
 ]
-

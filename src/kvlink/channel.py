@@ -265,7 +265,7 @@ class Channel:
                 info = m.RegionInfo(handle, name, view.nbytes, bits, view.device_name, blob)
                 with self._lock:
                     self._regions = {**self._regions, name: region}
-                self._hub.loop.call(self._hub.publish, info)
+                self._hub.loop.call(self._hub.published.add, info)
             except BaseException:
                 with self._lock:
                     self._regions = {key: other for key, other in self._regions.items() if key != name}
@@ -363,7 +363,7 @@ class Channel:
             refused=hub.listener.refused,
             last_refusal=str(refusals[-1]) if refusals else "",
             dropped_notifications=hub.dropped_notifications,
-            held_bytes=hub.held_bytes,
+            held_bytes=hub.published.held_bytes,
             provider=MappingProxyType(self._engine.provider_statistics()),
             **counted,
         )

@@ -249,14 +249,14 @@ class Peer:
         self._check("notify")
         message = _checked(message, MAX_NOTIFY_BYTES, "notify")
         self._check_queue("notify")
-        self._hub.post(self._session.send_notify, message)
+        self._hub.reports.post(self._session.send_notify, message)
 
     def _ask(self, message: bytes, timeout: float) -> Future[bytes]:
         self._check("request")
         message = _checked(message, MAX_REQUEST_BYTES, "request")
         self._check_queue("request")
         reply: Future[bytes] = Future()
-        self._hub.post(self._session.send_request, message, timeout, reply)
+        self._hub.reports.post(self._session.send_request, message, timeout, reply)
         return reply
 
     def _check_queue(self, operation: str) -> None:

@@ -17,7 +17,7 @@ from .errors import BusyError, ClosedError, TransferTimeout, UnsupportedError
 if TYPE_CHECKING:
     from ._engine import EngineChannel
     from .control.hub import Hub
-    from .control.session import Session
+    from .control.published import Holder
 
 _log = logging.getLogger("kvlink")
 
@@ -112,7 +112,7 @@ class Region:
             if not self._registered and not self._held:
                 return
             try:
-                holders = self._hub.loop.run(lambda: self._hub.withdraw(self.handle, timeout), timeout + 10.0)
+                holders = self._hub.loop.run(lambda: self._hub.published.withdraw(self.handle, timeout), timeout + 10.0)
                 if self._registered:
                     self._unregister(max(deadline - time.monotonic(), 0.1))
             except ClosedError:  # the channel was closed meanwhile, and all its memory with it
@@ -120,7 +120,7 @@ class Region:
                 return
             if holders:
                 self._hold(holders)
-                names = ", ".join(session.peer.address for session in holders)
+                names = ", ".join(holder.address for holder in holders)
                 raise TransferTimeout(
                     f"region {self.name!r}: {names} has not let go within {timeout:g} s and may still write into it; "
                     "its link is closed, and the memory is kept until that process goes on or ends",
@@ -139,12 +139,12 @@ class Region:
         self._registered = False
         self._forget(self)
 
-    def _hold(self, holders: list[Session]) -> None:
+    def _hold(self, holders: list[Holder]) -> None:
         if self._held:
             return
         self._held = True
-        self._hub.hold(self.nbytes, holders, self._release)
-        _log.warning("%s: region %r is kept for %s", self._hub.name, self.name, [s.peer.address for s in holders])
+        self._hub.published.hold(self.nbytes, holders, self._release)
+        _log.warning("%s: region %r is kept for %s", self._hub.name, self.name, [holder.address for holder in holders])
 
     def _release(self) -> None:
         """Nothing can write into the memory any more: give it back."""

@@ -109,7 +109,7 @@ class Transfer:
         Args:
             function: Called exactly once, soon when the transfer has ended already. What it raises is logged.
         """
-        self._hub.watch(self, lambda: self._hub.callback(lambda: function(self)))
+        self._hub.reports.watch(self, lambda: self._hub.callback(lambda: function(self)))
 
     def __await__(self) -> Generator[Any, None, TransferResult]:
         """Wait without blocking the running loop; returns the result or raises the transfer's error.
@@ -130,7 +130,7 @@ class Transfer:
                 except RuntimeError:
                     pass  # that loop has ended; nobody awaits any more
 
-            self._hub.watch(self, hook)
+            self._hub.reports.watch(self, hook)
             yield from future
         return self.result()
 
@@ -149,7 +149,7 @@ class Transfer:
             if self._engine.result().status == Status.OK:
                 send()
 
-        self._hub.watch(self, hook)
+        self._hub.reports.watch(self, hook)
 
     def _failure(self, raw: EngineResult) -> KvlinkError:
         if raw.status == Status.AGAIN:

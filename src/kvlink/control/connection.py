@@ -40,6 +40,7 @@ class Connection:
     Attributes:
         limit: Most bytes that a received message may have; raised as trust grows.
         queued: Bytes accepted by ``send`` and not yet handed to the kernel.
+        adopted: Whether a session owns it, and closes it at its end.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Connection:
         self._flushed: asyncio.Future[None] | None = None
         self.limit = messages.MAX_HELLO_MESSAGE
         self.queued = 0
+        self.adopted = False
 
     @property
     def writer(self) -> asyncio.StreamWriter:

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,16 +18,17 @@ from kvlink.control import messages as m
 from kvlink.control.addresses import Address
 from kvlink.control.handshake import Introduced, Local, NotServed
 from kvlink.control.listener import Listener
+from kvlink.control.published import Published
+from kvlink.control.reports import Hook, Reports
 from kvlink.control.session import Session
 from kvlink.control.threads import ControlLoop, WorkerPool
 from kvlink.errors import ClosedError, ConnectError, ConnectRefused, ConnectTimeout, KvlinkError
 
 if TYPE_CHECKING:
+    from kvlink.control.linkup import LinkAttempt
     from kvlink.peer import Peer
-    from kvlink.transfer import Transfer
 
 T = TypeVar("T")
-Hook = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Limits:
         offer_timeout: How long an authenticated peer may take to offer a link.
         link_grace: How long closing a link may take.
         max_handshakes: Strangers served at once.
+        max_introduced: Authenticated connections at once that have no link yet.
         max_peers: Links at once; 0 = as many as the provider takes.
         workers: Threads for blocking calls of each kind, and for request handlers.
         request_backlog: Requests that may wait for a handler's thread.
@@ -51,6 +52,7 @@ class Limits:
     offer_timeout: float = 120.0
     link_grace: float = 1.0
     max_handshakes: int = 64
+    max_introduced: int = 256
     max_peers: int = 0
     workers: int = 8
     request_backlog: int = 256
@@ -103,20 +105,18 @@ class Hub:
         self.lingering: set[Session] = set()
         self.offering: set[bytes] = set()
         self.accepting: dict[bytes, bytes] = {}
+        self.attempts: set[LinkAttempt] = set()
+        self.published = Published(self)
         self.peers: dict[str, Peer] = {}  # replaced, never changed: any thread may read it
         self.dropped_notifications = 0
-        self.held_bytes = 0
         self._secret = secret
         self._insecure = insecure
         self._epoch = 0
-        self._regions: dict[int, m.RegionInfo] = {}
         self._waiters: set[asyncio.Future[None]] = set()
-        self._watch_lock = threading.Lock()
-        self._order_lock = threading.Lock()
-        self._watched: dict[int, tuple[Transfer, list[Hook]]] = {}
         self._closing = False
         prefix = f"kvlink-{self.name}"
         self.loop = ControlLoop(prefix)
+        self.reports = Reports(engine, self.loop)
         self._calls = WorkerPool(f"{prefix}-engine", limits.workers)
         self._connects = WorkerPool(f"{prefix}-connect", limits.workers)
         self._closes = WorkerPool(f"{prefix}-close", limits.workers)
@@ -127,7 +127,7 @@ class Hub:
         self.loop.run(self._start)
 
     async def _start(self) -> None:
-        self.loop.loop.add_reader(self.engine.event_fd, self.drain)
+        self.reports.start()
         self.listener.start()
 
     # ---- small services for the parts ----
@@ -158,11 +158,14 @@ class Hub:
         return await self.loop.offload(self._closes, function, *args)
 
     def callback(self, job: Hook) -> None:
-        """Run a user's function on the callback thread, in order; any thread."""
+        """Run a user's function on the callback thread, in order; here when the channel has ended; any thread."""
         try:
             self._callbacks.submit(job)
         except ClosedError:
-            pass
+            try:
+                job()
+            except Exception:
+                self.log.exception("%s: a callback raised", self.name)
 
     def serve(self, job: Hook) -> None:
         """Run a request handler.
@@ -206,10 +209,6 @@ class Hub:
     def connect_slots_full(self) -> bool:
         """Whether a connect would have to wait for another."""
         return self._slots.locked()
-
-    def yields_to(self, peer_id: bytes) -> bool:
-        """Whether that channel is connecting to us and its attempt goes first (the lower id does)."""
-        return peer_id in self.accepting and peer_id < self.local.channel_id
 
     def announce_change(self) -> None:
         """Wake those that wait for sessions or attempts to change."""
@@ -266,6 +265,7 @@ class Hub:
         pause = linkup.FIRST_RETRY
         while True:
             writer: asyncio.StreamWriter | None = None
+            intro: Introduced | None = None
             try:
                 reader, writer = await self._dial(target)
                 intro = await handshake.introduce(reader, writer, self.local, str(target), initiator=True)
@@ -273,13 +273,12 @@ class Hub:
                 if refusal is not None:
                     raise ConnectRefused(f"this side refused: {refusal}", operation="connect", peer=str(target))
                 session = await linkup.initiate(self, intro, deadline)
-                writer = None  # the session's, or closed
             except NotServed:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(pause * 2, linkup.LAST_RETRY)
                 continue
             finally:
-                if writer is not None:
+                if writer is not None and not (intro is not None and intro.connection.adopted):
                     writer.close()
             session.peer.dialled = str(target)
             return session.peer
@@ -327,25 +326,24 @@ class Hub:
             session.start()
             session.close("the channel is closing")
             return
+        older = self.sessions.get(session.peer_id)
+        if older is not None:
+            older.close("a newer connection took its place")
         self.sessions[session.peer_id] = session
         self.peers = {**self.peers, session.peer.id: session.peer}
         session.start()
-        for info in self._regions.values():
-            session.publish(info)
-        for handle in session.published - self._regions.keys():
-            self.spawn(session.withdraw(handle, self.limits.link_grace))
+        self.published.greet(session)
         self.announce_change()
 
     def remove(self, session: Session) -> None:
         """A session has ended; its peer may still hold our memory until ``forget``."""
+        self.lingering.add(session)
         if self.sessions.get(session.peer_id) is session:
             del self.sessions[session.peer_id]
             self.peers = {key: peer for key, peer in self.peers.items() if peer is not session.peer}
-        self.lingering.add(session)
-        handler = self.handlers.on_peer_lost
-        error = session.peer.error
-        if handler is not None and error is not None and not isinstance(error, ClosedError):
-            self.callback(lambda: handler(session.peer, error))
+            handler, error = self.handlers.on_peer_lost, session.peer.error
+            if handler is not None and error is not None and not isinstance(error, ClosedError):
+                self.callback(lambda: handler(session.peer, error))
         self.announce_change()
 
     def forget(self, session: Session) -> None:
@@ -353,40 +351,7 @@ class Hub:
         self.lingering.discard(session)
         self.announce_change()
 
-    # ---- regions ----
-
-    def publishable(self) -> list[m.RegionInfo]:
-        """Return the published regions as of now."""
-        return list(self._regions.values())
-
-    def publish(self, info: m.RegionInfo) -> None:
-        """Publish a region to all peers, now and later."""
-        self._regions[info.handle] = info
-        for session in self.sessions.values():
-            session.publish(info)
-
-    async def withdraw(self, handle: int, timeout: float) -> list[Session]:
-        """Withdraw a region from every peer.
-
-        Returns:
-            Sessions of peers that may still write into it: same-host processes that are neither dead nor answering.
-        """
-        self._regions.pop(handle, None)
-        sessions = [*self.sessions.values(), *self.lingering]
-        released = await asyncio.gather(*(session.withdraw(handle, timeout) for session in sessions))
-        return [session for session, free in zip(sessions, released, strict=True) if not free]
-
-    def hold(self, nbytes: int, holders: list[Session], release: Callable[[], None]) -> None:
-        """Keep closed memory until nothing of ``holders`` can write into it, then call ``release``; any thread."""
-
-        async def watch() -> None:
-            self.held_bytes += nbytes
-            for session in holders:
-                await session.gone.wait()
-            self.held_bytes -= nbytes
-            release()
-
-        self.call(lambda: self.spawn(watch()))
+    # ---- the end ----
 
     async def close_all_links(self) -> None:
         """Close every link, for memory that the provider binds to links."""
@@ -394,69 +359,6 @@ class Hub:
             session.close("a region is being closed that this provider binds to its links")
         for session in list(self.lingering):
             await session.link_closed.wait()
-
-    # ---- transfers that somebody wants to hear of ----
-
-    def watch(self, transfer: Transfer, hook: Hook) -> None:
-        """Run ``hook`` on the loop once the transfer has ended; any thread."""
-        with self._watch_lock:
-            late = transfer.reported
-            if not late:
-                number = transfer.id
-                entry = self._watched.get(number)
-                if entry is not None:
-                    entry[1].append(hook)
-                    return
-                self._watched[number] = (transfer, [hook])
-        if not late:
-            transfer.request_report()
-            return
-        try:
-            self.loop.call(hook)
-        except ClosedError:
-            hook()
-
-    def drain(self) -> None:
-        """Take up the transfers that have ended; any thread.
-
-        Taking and posting are one step under a lock that nothing waits under, so that what is posted to the loop keeps
-        the order in which transfers ended and users called.
-        """
-        with self._order_lock:
-            finished = self.engine.drain()
-            if finished:
-                self.call(self._report_all, finished)
-
-    def post(self, function: Callable[..., object], *args: object) -> None:
-        """Run a function on the loop, behind the hooks of all transfers that have ended by now; any thread.
-
-        Raises:
-            ClosedError: The channel has ended.
-        """
-        with self._order_lock:
-            finished = self.engine.drain()
-            if finished:
-                self.call(self._report_all, finished)
-            self.loop.call(function, *args)
-
-    def _report_all(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self._report(number)
-
-    def _report(self, number: int) -> None:
-        with self._watch_lock:
-            entry = self._watched.pop(number, None)
-            if entry is None:
-                return
-            transfer, hooks = entry
-            transfer.reported = True
-        for hook in hooks:
-            try:
-                hook()
-            except Exception:
-                self.log.exception("%s: a completion hook raised", self.name)
-
-    # ---- the end ----
 
     def close(self, grace: float) -> list[str]:
         """Tell the peers, close every link and the engine, end every wait, stop the threads. Blocks; not on the loop.
@@ -470,16 +372,13 @@ class Hub:
         waiting: list[str] = []
         try:
             waiting = self.loop.run(lambda: self._close(grace), grace + 2.0)
-        except (TimeoutError, asyncio.TimeoutError, ClosedError) as error:
+        except (TimeoutError, ClosedError) as error:
             self.log.warning("%s: the control plane did not end in time: %r", self.name, error)
         try:
             self.engine.close(grace)
         finally:
-            for step in (self.drain, self._report_rest):
-                try:
-                    self.loop.run(lambda step=step: _run(step), 1.0)  # type: ignore[misc]
-                except (TimeoutError, asyncio.TimeoutError, ClosedError):
-                    pass
+            with contextlib.suppress(TimeoutError, ClosedError):
+                self.loop.run(self._report_rest, 2.0)
             self.loop.stop(1.0)
             for pool in (self._calls, self._connects, self._closes, self._requests, self._callbacks):
                 pool.close()
@@ -494,13 +393,9 @@ class Hub:
         deadline = self.time() + grace
         while self.lingering and (left := deadline - self.time()) > 0:
             await self.changed(left)
-        self.loop.loop.remove_reader(self.engine.event_fd)
+        self.reports.stop()
         return [session.peer.address for session in self.lingering if session.same_host and not session.gone.is_set()]
 
-    def _report_rest(self) -> None:
-        for number in list(self._watched):
-            self._report(number)
-
-
-async def _run(step: Callable[[], None]) -> None:
-    step()
+    async def _report_rest(self) -> None:
+        self.reports.drain()
+        self.reports.end()

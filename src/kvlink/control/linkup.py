@@ -3,6 +3,9 @@
 The loop's thread runs the conversation; everything of the provider that may block runs on a pool. A link that fails
 anywhere is closed on both sides, and nobody waits while holding what another may need: an initiator takes its connect
 slot before it offers, and an acceptor without a free one says BUSY instead of waiting.
+
+Two sides that connect to each other end with one link: a side never offers while it answers the other's offer, and when
+both have offered, the one with the lower channel id says BUSY and the other answers.
 """
 
 from __future__ import annotations
@@ -33,6 +36,11 @@ MAX_SETUP_SECONDS = 600.0
 class LinkAttempt:
     """One try to open a link over an introduced connection.
 
+    Attributes:
+        published: Regions that the peer was told of.
+        settled: Whether it has ended.
+        result: The session that it led to; the peer may have used our regions through it, even if it failed.
+
     Args:
         hub: The channel's control plane.
         intro: The connection.
@@ -51,6 +59,18 @@ class LinkAttempt:
         self._connecting: asyncio.Task[None] | None = None
         self._link: _engine.EnginePeer | None = None
         self.published: list[m.RegionInfo] = []
+        self.settled = False
+        self.result: Session | None = None
+        hub.attempts.add(self)
+
+    @property
+    def address(self) -> str:
+        """The peer's address."""
+        return self._peer
+
+    def publishes(self, handle: int) -> bool:
+        """Whether the peer was told of that region."""
+        return any(info.handle == handle for info in self.published)
 
     @property
     def remaining(self) -> float:
@@ -70,13 +90,14 @@ class LinkAttempt:
             self._intro.peer_id.hex(),
         )
         blob: bytes = await hub.offload(self._link.describe)
-        self.published = hub.publishable()
+        self.published = list(hub.published.regions.values())
         return blob
 
     async def open(self, peer_blob: bytes, regions: list[m.RegionInfo], *, connects: bool) -> Session:
         """Connect where it is our turn, import the peer's regions, agree on DONE."""
         hub, connection = self._hub, self._intro.connection
         assert self._link is not None
+        told = False
         answer = asyncio.ensure_future(unless_closed(connection.receive(), self._peer))
         answer.add_done_callback(lambda future: future.cancelled() or future.exception())
         try:
@@ -90,16 +111,28 @@ class LinkAttempt:
                 for region in regions:
                     await session.take_region(region, self.remaining)
             connection.send(m.Done())
+            told = True  # from now on the peer may use the link
             if not waits_for_initiator:
                 self._expect_done(await answer)
-        except KvlinkError as error:
-            connection.send(m.Fail(m.clip(str(error))))
+        except BaseException as error:
+            if told:
+                answer.cancel()
+                self._take_over(session)
+                session.lose(f"the connect failed: {error}")
+            elif isinstance(error, KvlinkError):
+                connection.send(m.Fail(m.clip(str(error))))
             raise
         finally:
             answer.cancel()
-        self._link = None
+        self._take_over(session)
         hub.add(session)
         return session
+
+    def _take_over(self, session: Session) -> None:
+        """The link and the connection are the session's now, to the end of both."""
+        self._link = None
+        self.result = session
+        self._intro.connection.adopted = True
 
     async def _connect(self, peer_blob: bytes, answer: asyncio.Future[m.Message]) -> None:
         """Run the provider's connect; the peer's FAIL or a broken connection interrupts it."""
@@ -142,6 +175,9 @@ class LinkAttempt:
 
     def dispose(self) -> None:
         """Close a link that did not come up; in the background, for its connect may still be running."""
+        self.settled = True
+        self._hub.attempts.discard(self)
+        self._hub.announce_change()
         link, self._link = self._link, None
         if link is not None:
             self._hub.spawn(self._dispose(link))
@@ -169,7 +205,7 @@ async def initiate(hub: Hub, intro: Introduced, deadline: float) -> Session:
         if session is not None:
             intro.connection.close()
             return session
-        if hub.yields_to(intro.peer_id) or intro.peer_id in hub.offering:
+        if intro.peer_id in hub.accepting or intro.peer_id in hub.offering:
             await hub.changed(LAST_RETRY)
             continue
         outcome = await _offer(hub, intro, deadline, dead)
@@ -190,12 +226,12 @@ async def initiate(hub: Hub, intro: Introduced, deadline: float) -> Session:
 async def _offer(hub: Hub, intro: Introduced, deadline: float, dead: list[bytes]) -> Session | m.Busy | m.Exists:
     connection = intro.connection
     session_id = os.urandom(16)
-    attempt = LinkAttempt(hub, intro, _engine.INITIATOR, session_id, deadline)
     peer = intro.hello.address
     async with hub.connect_slot():
-        if intro.peer_id in hub.offering or intro.peer_id in hub.sessions:
-            return m.Busy(0, "another call of this side connects to the same channel")
+        if intro.peer_id in hub.accepting or intro.peer_id in hub.offering or intro.peer_id in hub.sessions:
+            return m.Busy(0, "another connection to the same channel was quicker")
         hub.offering.add(intro.peer_id)
+        attempt = LinkAttempt(hub, intro, _engine.INITIATOR, session_id, deadline)
         try:
             blob = await attempt.prepare()
             connection.send(m.Offer(session_id, _ms(attempt.remaining), blob, attempt.published, dead))
@@ -212,7 +248,6 @@ async def _offer(hub: Hub, intro: Introduced, deadline: float, dead: list[bytes]
         finally:
             hub.offering.discard(intro.peer_id)
             attempt.dispose()
-            hub.announce_change()
 
 
 async def accept(hub: Hub, intro: Introduced) -> Session | None:

@@ -40,6 +40,7 @@ class Listener:
         self._sock = sock
         self._serve = serve
         self._greeting = 0
+        self._introduced = 0
         self._task: asyncio.Task[None] | None = None
         self._quiet_until = 0.0
         self.refused = 0
@@ -77,8 +78,7 @@ class Listener:
     async def _take(self, sock: socket.socket) -> None:
         peer = "unknown"
         writer: asyncio.StreamWriter | None = None
-        served = False
-        greeting = True
+        intro: Introduced | None = None
         try:
             peer = str(Address(*sock.getpeername()[:2]))
             sockets.adopt(sock)
@@ -90,18 +90,21 @@ class Listener:
                 self._hub.limits.handshake_timeout,
             )
             self._greeting -= 1
-            greeting = False
-            served = await self._serve(intro) is not None
+            self._introduced += 1
+            if self._introduced > self._hub.limits.max_introduced:
+                raise ConnectError("too many connections are being set up", operation="accept", peer=peer)
+            await self._serve(intro)
         except (KvlinkError, OSError, asyncio.TimeoutError) as error:
             self._refuse(error, peer)
         finally:
-            if greeting:
+            if intro is None:
                 self._greeting -= 1
-            if not served:
-                if writer is not None:
-                    writer.close()
-                else:
-                    sock.close()
+            else:
+                self._introduced -= 1
+            if writer is None:
+                sock.close()
+            elif intro is None or not intro.connection.adopted:
+                writer.close()
 
     def _refuse(self, error: Exception, peer: str) -> None:
         if isinstance(error, asyncio.TimeoutError) and not isinstance(error, KvlinkError):

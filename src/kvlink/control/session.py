@@ -19,7 +19,7 @@ from kvlink.control import sockets
 from kvlink.control.handshake import Introduced
 from kvlink.control.wire import ProtocolError
 from kvlink.errors import BusyError, ClosedError, KvlinkError, PeerLost, RequestError
-from kvlink.peer import Peer, RemoteRegion
+from kvlink.peer import MAX_QUEUED_BYTES, Peer, RemoteRegion
 
 if TYPE_CHECKING:
     from kvlink.control.hub import Hub
@@ -304,12 +304,18 @@ class Session:
             except Exception as error:
                 self._hub.log.warning("%s: on_request raised", self._hub.name, exc_info=True)
                 reply = m.RequestFailed(request.id, m.clip(f"{type(error).__name__}: {error}"))
-            self._hub.call(self._connection.send, reply)
+            self._hub.call(self._reply, reply)
 
         try:
             self._hub.serve(job)
         except BusyError as error:
             self._connection.send(m.RequestFailed(request.id, f"the peer is busy: {error.message}"))
+
+    def _reply(self, reply: m.Message) -> None:
+        if not self.ended:
+            self._connection.send(reply)
+            if self._connection.queued > MAX_QUEUED_BYTES:
+                self.close("it asks and does not read the answers")
 
     def _answered(self, message: m.Reply | m.RequestFailed) -> None:
         reply = self._replies.pop(message.id, None)

@@ -162,6 +162,11 @@ class ControlLoop:
         future = self.start(function)
         try:
             return future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            if future.done():
+                raise
+            future.cancel()
+            raise TimeoutError(f"the control loop did not answer within {timeout} s") from None
         except BaseException:
             future.cancel()
             raise
