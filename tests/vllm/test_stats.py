@@ -28,7 +28,7 @@ def test_take_aggregate_reduce():
     assert first.take() is None
     total = taken.aggregate(second)
     assert total.reduce() == {
-        **dict.fromkeys(("blocks", "local_tokens", "leases_expired", "handoffs"), 0),
+        **dict.fromkeys(("blocks", "local_tokens", "leases_released", "leases_expired", "handoffs"), 0),
         "pulls": 4,
         "bytes": 2000,
         "tokens": 60,
