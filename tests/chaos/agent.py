@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -95,6 +97,15 @@ class Agent:
         finished = sum(transfer.done() for transfer in self.transfers)
         durations = [transfer.result().duration_s for transfer in self.transfers if transfer.done()]
         return {"started": count, "finished": finished, "slowest": max(durations, default=None)}
+
+    def fork(self):
+        """Leaves a child behind that does nothing; returns its id."""
+        child = os.fork()
+        if child == 0:
+            os.closerange(0, 3)  # not the test's pipes
+            while True:
+                signal.pause()
+        return child
 
     def wait_lost(self, limit):
         """Waits until a peer was lost; returns how long that took from now, and why."""

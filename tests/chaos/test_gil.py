@@ -18,7 +18,9 @@ PATHS = ["shm", "cma", "tcp"]
 def test_a_peer_that_holds_its_gil(open_channel, start_agent, path):
     agent = start_agent(options={"path": path}, nbytes=SIZE, allocate=path == "shm")
     channel = open_channel(options={"path": path}, peer_timeout=1.0)
-    local = channel.allocate(SIZE, name="ours") if path == "shm" else channel.register(np.ones(SIZE, np.uint8), name="ours")
+    local = (
+        channel.allocate(SIZE, name="ours") if path == "shm" else channel.register(np.ones(SIZE, np.uint8), name="ours")
+    )
     peer = channel.connect(agent.address, timeout=20)
     ranges = kvlink.ranges(local, peer.regions["agent"], [(start, start, BLOCK) for start in range(0, SIZE, BLOCK)])
     began = time.monotonic()

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import signal
 import threading
 import time
 import weakref
@@ -204,3 +206,16 @@ def test_a_stopped_peer_is_not_a_lost_peer(open_channel, start_agent):
     agent.resume()
     assert peer.request(b"x", timeout=20) == b"x"
     eventually(lambda: agent.call("state")["notified"] == 2000)
+
+
+def test_a_forked_child_does_not_hide_its_parents_death(open_channel, start_agent):
+    agent = start_agent()
+    channel = open_channel()
+    peer = channel.connect(agent.address, timeout=20)
+    child = agent.call("fork")
+    try:
+        assert peer.request(b"x", timeout=10) == b"x"
+        agent.kill()
+        eventually(lambda: peer.state == "lost", 2)
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -92,3 +92,38 @@ def test_every_failing_step_leaves_both_sides_able_to_try_again(open_both, funct
     eventually(lambda: not a.peers() and not b.peers())
     peer = a.connect(b.address, timeout=20)
     assert peer.put(kvlink.ranges(local, peer.regions["b"], [(0, 0, 4096)])).wait(10)
+
+
+def test_a_region_closed_during_a_connect_is_revoked_before_close_returns(open_both):
+    a = open_both(hook_mode="provider", hook_connect_ms=400)
+    b = open_both(hook_mode="provider")
+    local = a.register(np.full(4096, 3, np.uint8), name="a")
+    target = np.zeros(4096, np.uint8)
+    region = b.register(target, name="b")
+    peers = []
+    thread = threading.Thread(target=lambda: peers.append(a.connect(b.address, timeout=20)))
+    thread.start()
+    eventually(lambda: any(attempt.publishes(region.handle) for attempt in b._hub.attempts))
+    region.close(timeout=10)
+    target[:] = 9
+    thread.join(20)
+    assert peers and "b" not in peers[0].regions
+    with pytest.raises(kvlink.KvlinkError):
+        peers[0].put(kvlink.ranges(local, 1 << 20, [(0, 0, 4096)])).wait(5)
+    assert (target == 9).all()
+
+
+def test_a_region_closed_during_a_connect_that_takes_too_long_is_kept(open_both):
+    a = open_both(hook_mode="provider", hook_connect_ms=1500)
+    b = open_both(hook_mode="provider")
+    b.register(np.zeros(4096, np.uint8), name="other")
+    region = b.register(np.zeros(4096, np.uint8), name="b")
+    thread = threading.Thread(target=lambda: a.connect(b.address, timeout=20))
+    thread.start()
+    eventually(lambda: any(attempt.publishes(region.handle) for attempt in b._hub.attempts))
+    with pytest.raises(kvlink.TransferTimeout, match="may still write"):
+        region.close(timeout=0.1)
+    assert b.statistics().held_bytes == 4096
+    thread.join(20)
+    eventually(lambda: b.statistics().held_bytes == 0)
+    eventually(lambda: set(next(iter(a.peers().values())).regions) == {"other"})

@@ -118,9 +118,8 @@ def test_nothing_listens_there(open_channel):
 
 
 def test_a_silent_listener_is_a_connect_timeout(open_channel):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(kvlink.ConnectTimeout):
-            open_channel().connect(f"tcp://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(kvlink.ConnectTimeout):
+        open_channel().connect(f"tcp://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
 
 
 def test_something_else_listens_there(open_channel):
@@ -140,7 +139,9 @@ def test_something_else_listens_there(open_channel):
         thread.join(5)
 
 
-@pytest.mark.parametrize("address", ["", "tcp://", "tcp://host", "udp://h:1", "tcp://h:99999", "tcp://h:x", "tcp://[::1"])
+@pytest.mark.parametrize(
+    "address", ["", "tcp://", "tcp://host", "udp://h:1", "tcp://h:99999", "tcp://h:x", "tcp://[::1"]
+)
 def test_malformed_addresses(open_channel, address):
     with pytest.raises(kvlink.ConfigError):
         open_channel().connect(address, timeout=1)
@@ -188,8 +189,7 @@ def test_simultaneous_connects_end_with_one_link(open_channel, attempt):
         peers[key] = channel.connect(other.address, timeout=20)
 
     threads = [
-        threading.Thread(target=connect, args=(key, *pair))
-        for key, pair in enumerate([(a, b), (b, a), (a, b), (b, a)])
+        threading.Thread(target=connect, args=(key, *pair)) for key, pair in enumerate([(a, b), (b, a), (a, b), (b, a)])
     ]
     for thread in threads:
         thread.start()

@@ -175,6 +175,20 @@ def test_transfers_in_flight_end_when_their_side_closes(tcp_pair):
     called.wait(1)
 
 
+def test_callbacks_and_awaits_after_close_run_at_once(pair):
+    transfer = pair.peer_b.put(pair.ranges())
+    assert transfer.wait(10)
+    pair.a.close()
+    called = Recorder()
+    transfer.add_done_callback(called)
+    assert called.messages == [transfer]
+
+    async def wait():
+        return await transfer
+
+    assert asyncio.run(wait()).nbytes == 4096
+
+
 def test_close_from_a_callback(pair):
     closed = threading.Event()
 

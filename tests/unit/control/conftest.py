@@ -104,4 +104,15 @@ def works(open_channel):  # noqa: F811
     return check
 
 
-__all__ = ["KEY", "connection_pair", "eventually", "hello", "introduced", "kvlink", "local", "raw", "stream_pair", "wire"]
+__all__ = [
+    "KEY",
+    "connection_pair",
+    "eventually",
+    "hello",
+    "introduced",
+    "kvlink",
+    "local",
+    "raw",
+    "stream_pair",
+    "wire",
+]

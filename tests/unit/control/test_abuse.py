@@ -324,3 +324,102 @@ def test_introduce_alone_is_harmless(open_channel, works):
 
     run(main())
     works(channel)
+
+
+def test_a_peer_that_asks_and_never_reads_is_dropped(open_channel, works, monkeypatch):
+    from kvlink.control import session
+
+    monkeypatch.setattr(session, "MAX_QUEUED_BYTES", 2 << 20)
+    channel = open_channel()
+    channel.on_request = lambda peer, message: bytes(1 << 20)
+
+    async def main():
+        async with introduced(channel) as intro:
+            await link(channel, intro)
+            for number in range(8):
+                intro.connection.send(messages.Request(number, 10_000, b""))
+            await asyncio.to_thread(eventually, lambda: not channel.peers(), 15)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    works(channel)
+
+
+async def link(channel, intro):
+    """Brings a link up by hand, with a real engine's link blob and no data connection."""
+    from kvlink import _engine
+
+    hub = channel._hub
+    spare = _engine.EngineChannel.open(hub.engine.provider, options={}, device="cpu")
+    try:
+        session = os.urandom(16)
+        peer = spare.peer_open(0, 1, session, intro.keys.link_key(session), "by hand", hub.local.channel_id.hex())
+        intro.connection.send(offer(session=session, link=peer.describe()))
+        answer = await intro.connection.receive()
+        assert isinstance(answer, messages.Answer), answer
+        intro.connection.send(messages.Ready())
+        assert isinstance(await intro.connection.receive(), messages.Ready)
+        intro.connection.send(messages.Go(5000))
+        await asyncio.to_thread(peer.connect, answer.link, 5.0)
+        intro.connection.send(messages.Done())
+        assert isinstance(await intro.connection.receive(), messages.Done)
+    finally:
+        spare.close(0.5)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [messages.Offer(bytes(16), 1, b"", [], []), messages.Done(), messages.Ready(), messages.Busy(1, "x")],
+)
+def test_setup_messages_on_an_open_link_end_it(open_channel, works, message):
+    channel = open_channel()
+
+    async def main():
+        async with introduced(channel) as intro:
+            await link(channel, intro)
+            eventually(channel.peers)
+            intro.connection.send(message)
+            await asyncio.to_thread(eventually, lambda: not channel.peers())
+
+    run(main())
+    works(channel)
+
+
+def test_odd_but_harmless_messages_on_an_open_link(open_channel, works):
+    """Answers to questions never asked, closings of regions never named, a region whose blob is noise."""
+    channel = open_channel()
+
+    async def main():
+        async with introduced(channel) as intro:
+            await link(channel, intro)
+            eventually(channel.peers)
+            peer = next(iter(channel.peers().values()))
+            intro.connection.send(messages.Reply(77, b"x"))
+            intro.connection.send(messages.RequestFailed(78, "x"))
+            intro.connection.send(messages.RegionClosed(12345))
+            intro.connection.send(messages.RegionClose(12345, 100))
+            assert await intro.connection.receive() == messages.RegionClosed(12345)
+            info = messages.RegionInfo(5, "noise", 4096, 3, "cpu", os.urandom(60))
+            intro.connection.send(messages.RegionAdd(info))
+            with pytest.raises(kvlink.KvlinkError):
+                await asyncio.to_thread(peer.wait_region, "noise", 10)
+            assert peer.state == "connected" and not peer.regions
+
+    run(main())
+    works(channel)
+
+
+def test_authenticated_connections_without_a_link_are_bounded(open_channel, works):
+    channel = open_channel()
+    hub = channel._hub
+    object.__setattr__(hub.limits, "max_introduced", 2)
+
+    async def main():
+        async with introduced(channel), introduced(channel):
+            await asyncio.to_thread(eventually, lambda: hub.listener._introduced == 2)
+            async with introduced(channel) as third:
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await third.connection.receive()
+
+    run(main())
+    eventually(lambda: hub.listener._introduced == 0)
+    works(channel)
