@@ -79,7 +79,10 @@ kvl_status EngineOpen(const kvl_engine_params *params, kvl_engine **engine, kvl_
       return Fail(err, KVL_INVALID, 0, "hook:engine_open", problem);
     }
     fresh->faults.Configure(fresh->settings);
-    if (fresh->faults.Inject("engine_open", err, &status)) return status;
+    if (fresh->faults.Inject("engine_open", err, &status)) {
+      fresh->ledger.Call("engine_open", fresh.get(), status);
+      return status;
+    }
     kvl_engine_params inner_params = *params;
     inner_params.options = others.data();
     inner_params.option_count = static_cast<uint32_t>(others.size());

@@ -18,8 +18,10 @@ import numpy as np
 
 import kvlink
 
+from .._engine import ACCEPTOR, EngineChannel, EnginePeer, EngineProvider
 from ..errors import ConfigError, KvlinkError
 from . import hook, resources
+from .patterns import pattern
 from .storage import Storage, make_storage
 from .streams import Stream
 
@@ -33,6 +35,7 @@ class Agent:
         self._channels: dict[str, kvlink.Channel] = {}
         self._storage: dict[str, Storage] = {}
         self._handles: dict[tuple[str, str], int] = {}
+        self._raw: list[EnginePeer | EngineChannel] = []
         self._known: dict[str, kvlink.Peer] = {}
         self._aliases: dict[str, kvlink.Region] = {}
         self._transfers: dict[int, kvlink.Transfer] = {}
@@ -83,11 +86,17 @@ class Agent:
         names = ("peers", "in_flight", "submitted", "succeeded", "failed", "cancelled", "timed_out")
         return {name: int(getattr(statistics, name)) for name in names}
 
+    def do_provider_statistics(self, *, channel: str = _CHANNEL) -> dict[str, int]:
+        """Returns the provider's own counters."""
+        return {name: int(value) for name, value in self._channels[channel].statistics().provider.items()}
+
     def do_reset(self) -> list[str]:
         """Closes everything; returns the texts of errors that came up."""
         problems = []
         for stream in self._streams.values():
             stream.stop(5.0)
+        for raw in self._raw:
+            raw.close()
         for name in list(self._channels):
             try:
                 self._channels.pop(name).close(grace=1.0)
@@ -151,6 +160,14 @@ class Agent:
         time.sleep(quiet)
         changed = int(np.count_nonzero(storage.read(0, storage.nbytes) != before))
         return {"seconds": seconds, "changed": changed}
+
+    def do_copy(self, *, name: str, offset: int, length: int, to_region: bool, seed: int = 0) -> str:
+        """Copies through the provider: the pattern of ``seed`` into the region, or bytes out of it, as base64."""
+        region = self._storage[name].region
+        engine = region._engine
+        host = pattern(seed, 0, length).copy() if to_region else np.empty(length, dtype=np.uint8)
+        engine.mem_copy(region.handle, offset, host, to_region=to_region)
+        return base64.b64encode(host.tobytes()).decode()
 
     def do_probe_allocation(self, *, kind: str, nbytes: int, seed: int, channel: str = _CHANNEL) -> dict[str, int]:
         """Allocates a region, looks at it, dirties it, and closes it."""
@@ -464,6 +481,23 @@ class Agent:
     def do_install_hook(self, *, inner: str) -> None:
         """Makes the channel "hook" over ``inner`` available here."""
         hook.install(inner)
+
+    def do_load_library(self, *, path: str) -> dict[str, str]:
+        """Loads a provider library through the engine."""
+        provider = EngineProvider.load(path)
+        return {"name": provider.name, "version": provider.version}
+
+    def do_raw_acceptor(
+        self, *, path: str, options: dict[str, str], device: str, session: str, key: str, blob: str
+    ) -> str:
+        """Opens an engine and the accepting side of one link, without a control plane; returns the link's blob."""
+        channel = EngineChannel.open(EngineProvider.load(path), options=options, device=device)
+        peer = channel.peer_open(ACCEPTOR, 1, bytes.fromhex(session), bytes.fromhex(key), "there", "here")
+        self._raw += [peer, channel]
+        if channel.attributes.connect_both:
+            arguments = (base64.b64decode(blob), 30.0)
+            threading.Thread(target=_outcome, args=(lambda: peer.connect(*arguments),), daemon=True).start()
+        return base64.b64encode(peer.describe()).decode()
 
     def do_hold_gil(self, *, seconds: float) -> None:
         """Sleeps without giving the interpreter to any other thread."""

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
     parser.add_argument("--device", default="cpu", help='"cpu", "npu:0"')
     parser.add_argument("--memory", default="", metavar="KINDS", help="kinds that must be served: plain,allocated,device")
+    parser.add_argument("--stream", default="", metavar="MODULE:FUNCTION", help="returns a device stream's handle")
     parser.add_argument("--group", action="append", choices=GROUPS, help="only this group; may be repeated")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--hook", action="append", metavar="KEY=VALUE", help="run through the hook, with its options")
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             through_hook=args.hook is not None,
             hook_options=parse_pairs(args.hook or []),
             memory=tuple(filter(None, args.memory.split(","))),
+            stream=args.stream,
         )
         cases = select_cases(settings, args.group, args.case)
         if args.list:

@@ -218,6 +218,10 @@ class Context:
             endpoint.call("install_hook", inner=self.settings.provider)
         return endpoint
 
+    def adopt(self, child: ChildProcess) -> None:
+        """Ends a child process with the case."""
+        self.later(child.kill)
+
     def endpoint(self, name: str, *, two_processes: bool, through_hook: bool = False) -> Endpoint:
         """Makes an endpoint in this process or in a child."""
         return (self.remote if two_processes else self.local)(name, through_hook=through_hook)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import resources
 from .agent import Agent
 from .patterns import Bytes
 from .suite import ConformanceFailure, check
@@ -182,6 +183,10 @@ class RemoteEndpoint(Endpoint):
         """Sends a signal to the child; after SIGKILL or SIGSTOP it serves no other case."""
         self.stopped = self.stopped or number in (signal.SIGKILL, signal.SIGSTOP)
         self.child.signal(number)
+        if number == signal.SIGSTOP:
+            resources.until(
+                lambda: resources.thread_states(self.pid), lambda states: states <= {"T"}, 5.0, lambda s: f"threads are {s}"
+            )
 
     def start(self, command: str, **arguments: Any) -> Future[Any]:
         """Runs a command in the background."""

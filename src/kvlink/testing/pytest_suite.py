@@ -22,6 +22,7 @@ class ProviderSuite:
         through_hook: Run everything through the hook provider.
         hook_options: Options of the hook.
         memory: Kinds of memory that must be served: "plain", "allocated", "device".
+        stream: "module:function" that returns a device stream's handle, for providers that claim STREAM.
         groups: Only these groups; None = all.
     """
 
@@ -32,6 +33,7 @@ class ProviderSuite:
     through_hook: ClassVar[bool] = False
     hook_options: ClassVar[Mapping[str, object]] = {}
     memory: ClassVar[tuple[str, ...]] = ()
+    stream: ClassVar[str] = ""
     groups: ClassVar[tuple[str, ...] | None] = None
     _results: ClassVar[list[CaseResult]]
 
@@ -46,6 +48,7 @@ class ProviderSuite:
             through_hook=cls.through_hook,
             hook_options=cls.hook_options,
             memory=cls.memory,
+            stream=cls.stream,
         )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -55,6 +56,18 @@ def usage() -> dict[str, int]:
     }
 
 
+def thread_states(pid: int) -> set[str]:
+    """Returns the states of a process's threads, as in /proc: {"T"} when it is stopped."""
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            # The name in brackets may hold anything; the state is the first word behind it.
+            states.add((task / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0])
+        except FileNotFoundError:
+            continue
+    return states
+
+
 def hold_gil(seconds: float) -> None:
     """Sleeps while holding the interpreter lock: a foreign call that does not release it."""
     library = ctypes.PyDLL(None)
@@ -86,3 +99,9 @@ def in_fork(function: Callable[[], dict[str, str]], timeout: float = 20.0) -> di
         raise ConformanceFailure(f"the forked child ended with wait status {status}")
     found: dict[str, str] = json.loads(answer)
     return found
+
+
+def call_named(name: str) -> int:
+    """Calls "module:function" and returns its number."""
+    module, _, function = name.partition(":")
+    return int(getattr(importlib.import_module(module), function)())

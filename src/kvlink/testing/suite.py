@@ -102,6 +102,7 @@ class Settings:
         through_hook: Run everything through the hook, not only the cases that need it.
         hook_options: Options for the hook when ``through_hook``.
         memory: Kinds of memory that must be served: "plain", "allocated", "device". Others are tested where served.
+        stream: "module:function" that returns the handle of a device stream, for providers that claim STREAM.
     """
 
     provider: str
@@ -111,6 +112,7 @@ class Settings:
     through_hook: bool = False
     hook_options: Mapping[str, object] = field(default_factory=dict)
     memory: tuple[str, ...] = ()
+    stream: str = ""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
