@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <cstddef>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -120,7 +121,11 @@ kvl_status load(const char *path, std::unique_ptr<kve_provider> &out, kvl_error 
   provider->table.struct_size = sizeof(kvl_provider);
   const kvl_status status = init(KVL_ABI_VERSION, &provider->table, &error.error);
   if (status != KVL_OK) return error.pass(status, "kvl_provider_init", path, err);
-  // Slots beyond what it filled stay as it got them; they are NULL because the table came in zeroed.
+  // Whatever lies beyond what it says it filled is not a slot, even where it is not the zero that it got.
+  if (provider->table.struct_size < sizeof(kvl_provider)) {
+    std::memset(reinterpret_cast<char *>(&provider->table) + provider->table.struct_size, 0,
+                sizeof(kvl_provider) - provider->table.struct_size);
+  }
   if (const kvl_status bad = check_table(*provider, err)) return bad;
   fill_optional(*provider);
   provider->name = provider->table.name;
