@@ -148,7 +148,9 @@ def attributes(context: Context) -> None:
             attr = ffi.cast("kvl_attr *", memory)
             attr.struct_size = room
             status = engine.table.engine_query(engine.handle, attr, new_error())
-            check(status == 0, f"engine_query with {room} bytes returned {status}")
+            # A struct shorter than that of version 1 has no writer: refusing it is as good as filling it.
+            allowed = (0,) if room >= size else (0, Status.INVALID)
+            check(status in allowed, f"engine_query with {room} bytes returned {status}")
             behind = bytes(ffi.buffer(memory)[room:])
             check(set(behind) <= {POISON}, f"engine_query wrote behind {room} bytes")
 
