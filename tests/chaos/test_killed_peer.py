@@ -150,7 +150,9 @@ def test_memory_is_kept_while_a_stopped_peer_may_still_write_into_it(open_channe
     agent = start_agent(options={"path": "cma"}, nbytes=8 << 20)
     agent.call("connect", address=channel.address)
     agent.call("fill", region="ours")
-    eventually(lambda: memory[-1] == 1)
+    last = region.buffer()[-1:]
+    eventually(lambda: last[0] == 1)
+    last.release()
     agent.stop()
     del memory
     started = time.monotonic()

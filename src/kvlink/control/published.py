@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ class Holder:
 
 
 class Published:
-    """Lives on the control loop's thread.
+    """Lives on the control loop's thread, ``hold`` excepted.
 
     Attributes:
         regions: What is published now, by handle.
@@ -40,6 +41,7 @@ class Published:
         self._hub = hub
         self.regions: dict[int, m.RegionInfo] = {}
         self.held_bytes = 0
+        self._lock = threading.Lock()
 
     def add(self, info: m.RegionInfo) -> None:
         """Publish a region to all peers, now and later."""
@@ -89,10 +91,14 @@ class Published:
         """Keep closed memory until no holder can write into it, then call ``release``; any thread."""
 
         async def watch() -> None:
-            self.held_bytes += nbytes
             for holder in holders:
                 await holder.freed()
-            self.held_bytes -= nbytes
             release()
+            self._count_held(-nbytes)
 
+        self._count_held(nbytes)
         self._hub.call(lambda: self._hub.spawn(watch()))
+
+    def _count_held(self, change: int) -> None:
+        with self._lock:
+            self.held_bytes += change

@@ -1,5 +1,6 @@
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ def eventually(condition, timeout=5.0):
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.002)
     return value
+
+
+def count_descriptors():
+    """How many descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture

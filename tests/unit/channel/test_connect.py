@@ -259,6 +259,6 @@ def test_a_provider_of_another_name_is_a_version_mismatch(open_channel):
         hub.local.has_secret,
         msgspec.structs.replace(hub.local.hello, provider="other"),
     )
-    with pytest.raises(kvlink.VersionMismatch, match="'host'.*'other'"):
+    with pytest.raises(kvlink.VersionMismatch, match=r"'host'.*'other'"):
         a.connect(b.address, timeout=10)
     assert isinstance(eventually(lambda: list(hub.listener.refusals))[0], kvlink.VersionMismatch)

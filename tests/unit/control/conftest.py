@@ -5,8 +5,7 @@ import socket
 
 import pytest
 
-import kvlink
-from kvlink.control import auth, handshake, messages, sockets, wire
+from kvlink.control import auth, handshake, messages, sockets
 from kvlink.control.addresses import parse
 from kvlink.control.connection import Connection
 
@@ -43,8 +42,7 @@ def local(channel=None, key=KEY, **changes):
 def raw(channel):
     """A blocking TCP connection to a channel's listener."""
     address = parse(channel.address)
-    sock = socket.create_connection((address.host, address.port), timeout=10)
-    return sock
+    return socket.create_connection((address.host, address.port), timeout=10)
 
 
 def read_to_end(sock):
@@ -102,17 +100,3 @@ def works(open_channel):  # noqa: F811
         other.close()
 
     return check
-
-
-__all__ = [
-    "KEY",
-    "connection_pair",
-    "eventually",
-    "hello",
-    "introduced",
-    "kvlink",
-    "local",
-    "raw",
-    "stream_pair",
-    "wire",
-]
