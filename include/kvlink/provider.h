@@ -230,7 +230,8 @@ typedef struct kvl_provider {
   kvl_status (*link_connect)(kvl_link *link, const void *blob, uint64_t length, uint32_t timeout_ms, kvl_error *err);
   /* Stop everything on this link; works with a dead or stopped peer, within about grace_ms. When it returns, every
    * accepted submit of this link has its completion waiting in poll and the link touches local memory no more. The
-   * handle stays valid for nothing but those completions: tags, not handles, travel in them. */
+   * handle stays valid for nothing but those completions: tags, not handles, travel in them. Imported regions that a
+   * submit still used were not closed before; they end with the link. */
   void (*link_close)(kvl_link *link, uint32_t grace_ms);
 
   /* Import a peer's region under the core's handle; valid for this link only. May block up to timeout_ms. */

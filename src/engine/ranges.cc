@@ -1,6 +1,7 @@
 #include "ranges.h"
 
 #include <array>
+#include <cstddef>
 #include <cstring>
 #include <new>
 
@@ -82,44 +83,57 @@ class Planner {
 
   kvl_status run(const kvl_range *ranges, uint64_t count) {
     plan_.ranges.reserve(count);
-    kvl_range current{};
-    uint32_t mem = 0, rmem = 0;  // no handle is 0
-    const Region *local = nullptr, *remote = nullptr;
+    const char *next = reinterpret_cast<const char *>(ranges);
     const uint64_t alignment = channel_.attr.alignment;
-    for (uint64_t i = 0; i < count; ++i) {
-      kvl_range range;
-      std::memcpy(&range, ranges + i, sizeof range);  // the caller's array may be unaligned
-      if (range.mem != mem || local == nullptr) {
-        local = meet(range.mem, true, i);
+    const Region *local = nullptr, *remote = nullptr;
+    uint64_t bytes = 0;
+    // The range being grown, in scalars: as a struct the compiler copies it in vectors, whose fields then stall to
+    // read.
+    uint32_t mem = 0, rmem = 0;
+    uint64_t local_start = 0, remote_start = 0, local_end = 0, remote_end = 0;
+    for (uint64_t i = 0; i < count; ++i, next += sizeof(kvl_range)) {
+      const auto next_local = load<uint32_t>(next + offsetof(kvl_range, mem));
+      const auto next_remote = load<uint32_t>(next + offsetof(kvl_range, rmem));
+      const auto local_offset = load<uint64_t>(next + offsetof(kvl_range, local_offset));
+      const auto remote_offset = load<uint64_t>(next + offsetof(kvl_range, remote_offset));
+      const auto length = load<uint64_t>(next + offsetof(kvl_range, length));
+      if (local == nullptr || next_local != local->handle) {
+        local = seen_local_.find(next_local);
+        if (local == nullptr) local = meet(next_local, true, i);
         if (local == nullptr) return status_;
-        mem = range.mem;
       }
-      if (range.rmem != rmem || remote == nullptr) {
-        remote = meet(range.rmem, false, i);
+      if (remote == nullptr || next_remote != remote->handle) {
+        remote = seen_remote_.find(next_remote);
+        if (remote == nullptr) remote = meet(next_remote, false, i);
         if (remote == nullptr) return status_;
-        rmem = range.rmem;
       }
-      if (range.length > local->length || range.local_offset > local->length - range.length) {
-        return past_end(i, "local_offset", range.local_offset, range.length, *local);
+      if (length > local->length || local_offset > local->length - length) {
+        return past_end(i, "local_offset", local_offset, length, *local);
       }
-      if (range.length > remote->length || range.remote_offset > remote->length - range.length) {
-        return past_end(i, "remote_offset", range.remote_offset, range.length, *remote);
+      if (length > remote->length || remote_offset > remote->length - length) {
+        return past_end(i, "remote_offset", remote_offset, length, *remote);
       }
-      if (alignment > 1 && !aligned(range, alignment)) return misaligned(i, range);
-      if (range.length == 0) continue;
-      if (__builtin_add_overflow(plan_.bytes, range.length, &plan_.bytes)) {
+      if (alignment > 1 && !aligned(local_offset, remote_offset, length, alignment)) {
+        return misaligned(i, local_offset, remote_offset, length);
+      }
+      if (length == 0) continue;
+      if (__builtin_add_overflow(bytes, length, &bytes)) {
         return fail(err_, KVL_INVALID, "range %llu: the batch's bytes exceed 64 bits", ull(i));
       }
-      if (range.mem == current.mem && range.rmem == current.rmem &&
-          current.local_offset + current.length == range.local_offset &&
-          current.remote_offset + current.length == range.remote_offset) {
-        current.length += range.length;
-      } else {
-        emit(current);
-        current = range;
+      const bool adjacent =
+          next_local == mem && next_remote == rmem && local_offset == local_end && remote_offset == remote_end;
+      if (!adjacent) {
+        emit(mem, rmem, local_start, remote_start, local_end - local_start);
+        mem = next_local;
+        rmem = next_remote;
+        local_start = local_offset;
+        remote_start = remote_offset;
       }
+      local_end = local_offset + length;
+      remote_end = remote_offset + length;
     }
-    emit(current);
+    emit(mem, rmem, local_start, remote_start, local_end - local_start);
+    plan_.bytes = bytes;
     plan_.ranges.shrink();
     return KVL_OK;
   }
@@ -127,28 +141,32 @@ class Planner {
  private:
   static unsigned long long ull(uint64_t value) noexcept { return value; }
 
-  void emit(kvl_range range) {
+  // The caller's array may be unaligned.
+  template <typename Field>
+  static Field load(const char *from) noexcept {
+    Field value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+
+  void emit(uint32_t mem, uint32_t rmem, uint64_t local_offset, uint64_t remote_offset, uint64_t length) {
     const uint64_t chunk = channel_.chunk_bytes;
-    while (chunk != 0 && range.length > chunk) {
-      kvl_range piece = range;
-      piece.length = chunk;
-      plan_.ranges.push(piece);
-      range.local_offset += chunk;
-      range.remote_offset += chunk;
-      range.length -= chunk;
+    while (chunk != 0 && length > chunk) {
+      plan_.ranges.push({mem, rmem, local_offset, remote_offset, chunk});
+      local_offset += chunk;
+      remote_offset += chunk;
+      length -= chunk;
     }
-    if (range.length > 0) plan_.ranges.push(range);
+    if (length > 0) plan_.ranges.push({mem, rmem, local_offset, remote_offset, length});
   }
 
-  bool aligned(const kvl_range &range, uint64_t alignment) const noexcept {
-    if (power_of_two_) return ((range.local_offset | range.remote_offset | range.length) & (alignment - 1)) == 0;
-    return range.local_offset % alignment == 0 && range.remote_offset % alignment == 0 && range.length % alignment == 0;
+  bool aligned(uint64_t a, uint64_t b, uint64_t c, uint64_t alignment) const noexcept {
+    if (power_of_two_) return ((a | b | c) & (alignment - 1)) == 0;
+    return a % alignment == 0 && b % alignment == 0 && c % alignment == 0;
   }
 
-  // The region behind a handle, met for the first time or again. NULL: status_ says why.
-  Region *meet(uint32_t handle, bool is_local, uint64_t index) {
-    SeenRegions &seen = is_local ? seen_local_ : seen_remote_;
-    if (Region *region = seen.find(handle)) return region;
+  // Looks up a region that this batch names for the first time, and holds it. NULL: status_ says why.
+  [[gnu::noinline]] Region *meet(uint32_t handle, bool is_local, uint64_t index) {
     plan_.uses.reserve(plan_.uses.size() + 1);
     Region *region;
     {
@@ -174,7 +192,7 @@ class Planner {
         return nullptr;
       }
     }
-    seen.add(handle, region);
+    (is_local ? seen_local_ : seen_remote_).add(handle, region);
     return region;
   }
 
@@ -204,12 +222,12 @@ class Planner {
                 what, ull(offset), ull(length), ull(end), region.handle, ull(region.length));
   }
 
-  [[gnu::cold]] kvl_status misaligned(uint64_t index, const kvl_range &range) {
+  [[gnu::cold]] kvl_status misaligned(uint64_t index, uint64_t local_offset, uint64_t remote_offset, uint64_t length) {
     return fail(err_, KVL_INVALID,
                 "range %llu: local_offset %llu, remote_offset %llu and length %llu must be multiples of %llu for "
                 "provider '%s'",
-                ull(index), ull(range.local_offset), ull(range.remote_offset), ull(range.length),
-                ull(channel_.attr.alignment), channel_.name());
+                ull(index), ull(local_offset), ull(remote_offset), ull(length), ull(channel_.attr.alignment),
+                channel_.name());
   }
 
   kve_channel &channel_;
