@@ -61,3 +61,26 @@ def test_prometheus(monkeypatch):
     assert value("vllm:kvlink_transfer_seconds_count") == 4
     assert value("vllm:kvlink_failed_pulls_total", reason="connect") == 2
     assert registry.get_sample_value("vllm:kvlink_bytes_total", {"model_name": "m", "engine": "0"}) == 0
+
+
+def test_the_log_follows_vllms_configuration_even_if_it_comes_later():
+    import logging
+
+    from kvlink_vllm.log import get_logger
+
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    source = logging.getLogger("vllm")
+    logger = get_logger()
+    level = source.level
+    try:
+        source.setLevel(logging.WARNING)
+        source.addHandler(handler)
+        logger.info("unseen")
+        source.setLevel(logging.INFO)
+        logger.info("seen")
+    finally:
+        source.removeHandler(handler)
+        source.setLevel(level)
+    assert seen == ["seen"]

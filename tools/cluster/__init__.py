@@ -61,16 +61,17 @@ class Cluster:
         self._report = report
         log_dir.mkdir(parents=True, exist_ok=True)
 
-    def engine(self, spec: EngineSpec) -> Engine:
+    def engine(self, spec: EngineSpec, *, port: Port | None = None) -> Engine:
         """Start an engine; returns at once.
 
         Args:
             spec: How to start it.
+            port: Where it serves; None for a free port.
 
         Returns:
             The engine, not ready yet.
         """
-        engine = Engine(spec, self.log_dir)
+        engine = Engine(spec, self.log_dir, port)
         self.servers.append(engine)
         return engine
 

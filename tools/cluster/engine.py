@@ -161,9 +161,9 @@ class Server(Process):
 class Engine(Server):
     """A vLLM engine."""
 
-    def __init__(self, spec: EngineSpec, log_dir: Path) -> None:
+    def __init__(self, spec: EngineSpec, log_dir: Path, port: Port | None = None) -> None:
         self.spec = spec
-        port = Port()
+        port = port or Port()
         log = log_dir / f"{spec.name}.log"
         super().__init__(spec.name, spec.command(port.number), port, env=spec.environment(), log=log)
 

@@ -25,12 +25,15 @@ class Port:
 
     The reservation is a bound socket that never listens: the kernel gives the port to nobody who asks for any port,
     yet lets a server that sets ``SO_REUSEADDR`` (vLLM, uvicorn) bind and listen.
+
+    Args:
+        number: A port that was free a moment ago, to start a server again at its old address; 0 for any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.bind(("127.0.0.1", number))
         self.number: int = self._socket.getsockname()[1]
 
     def release(self) -> None:

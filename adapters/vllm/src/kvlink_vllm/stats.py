@@ -16,6 +16,7 @@ COUNTERS = {
     "tokens": "Prompt tokens pulled.",
     "local_tokens": "Prompt tokens of pulling requests that were in the local prefix cache.",
     "recomputed_tokens": "Prompt tokens recomputed because a pull failed.",
+    "leases_released": "Prefiller: leases that ended because a decoder said done.",
     "leases_expired": "Prefiller: leases that ran out before a decoder said done.",
     "handoffs": "Prefiller: requests offered to decoders.",
 }

@@ -55,6 +55,7 @@ class KVLinkWorker:
         self._errors: set[int] = set()
         self._stats = KVLinkStats()
         self._channel: Any = None
+        self._host = False
         self._executors: list[ThreadPoolExecutor] = []
         self._table: LeaseTable | None = None
         self._server: Server | None = None
@@ -73,6 +74,7 @@ class KVLinkWorker:
         settings = self._settings
         layout = build_layout(caches, self._blocks)
         identity = build_identity(self._vllm_config, settings, layout, rank=self._rank, block_size=self._block_size)
+        self._host = layout.storages[0].device.startswith("cpu")
         channel = self._channel = _on_own_thread(lambda: self._open(identity, layout.storages[0].device), settings)
         regions = [
             channel.register((storage.pointer, storage.nbytes, storage.device), name=storage.name, access="r")
@@ -122,8 +124,8 @@ class KVLinkWorker:
         """Returns this worker's address for the scheduler, or None before ``register``."""
         return None if self._channel is None else KVLinkHandshake(self._channel.address, self._rank)
 
-    def start(self, meta: KVLinkMetadata) -> None:
-        """Carries out one step's instructions; starts background work only.
+    def bind(self, meta: KVLinkMetadata) -> None:
+        """Carries out one step's instructions before its forward; starts background work only.
 
         Args:
             meta: From the scheduler.
@@ -134,10 +136,22 @@ class KVLinkWorker:
             _shielded("a hand-off", self._server.hold, hold)
         for track in meta.tracks:
             _shielded("a waiting request", self._pulls.track, track)
-        for read in meta.reads:
-            self._pulls.start(read)
+        if self._host:
+            # No device stream orders anything here, so the pull may run beside the forward instead of after it.
+            self.start_reads(meta)
         for request_id in meta.drops:
             _shielded("a dropped request", self._pulls.drop, request_id)
+
+    def start_reads(self, meta: KVLinkMetadata) -> None:
+        """Starts this step's pulls, each once however often it is called.
+
+        Args:
+            meta: From the scheduler.
+        """
+        reads, meta.reads = meta.reads, []
+        for read in reads:
+            if self._pulls is not None:
+                self._pulls.start(read)
 
     def finished(self, finished_req_ids: Iterable[str]) -> tuple[set[str] | None, set[str] | None]:
         """Returns what ended since the last step; each id once.
@@ -166,6 +180,8 @@ class KVLinkWorker:
                     "kvlink: request %s: no decoder said done before its lease ended; its blocks are freed",
                     ended.request_id,
                 )
+            else:
+                self._stats.add(leases_released=1)
         return sent or None, received or None
 
     def take_errors(self) -> set[int]:
