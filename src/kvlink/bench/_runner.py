@@ -14,8 +14,9 @@ from ._plan import Plan
 from ._session import KVLINK, Session
 from ._yardsticks import Yardstick, yardsticks
 
-# A repeat moves at least this much, with another list of blocks for every transfer.
+# A repeat moves about this much, with another list of blocks for every transfer, but in few transfers.
 _REPEAT_BYTES = 64 << 20
+_MAX_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _shares(session: Session) -> dict[str, list[float]]:
         KVLINK: lambda blocks: plan.transfer_bytes / session.transfer(session.ranges(blocks)),
         **yardsticks(plan, session.local.memory, session.twin, session.target, session.socket.fileno()),
     }
-    rounds = math.ceil(_REPEAT_BYTES / plan.transfer_bytes)
+    rounds = min(_MAX_ROUNDS, math.ceil(_REPEAT_BYTES / plan.transfer_bytes))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(-1, plan.repeats):  # the first warms up and is dropped
         times: dict[str, list[float]] = {name: [] for name in ways}

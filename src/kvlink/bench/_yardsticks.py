@@ -17,7 +17,7 @@ from ._plan import Plan
 
 # Bytes of one send or recv; the best is the limit.
 STREAM_CHUNKS = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
-_STREAM_BYTES = 256 << 20
+_STREAM_BYTES = 128 << 20
 # Moves the blocks (or a stream) and returns bytes a second; None when this machine lacks the way.
 Yardstick = Callable[[Blocks], "float | None"]
 
