@@ -58,6 +58,7 @@ class Cluster:
     def __init__(self, log_dir: Path, *, report: Callable[[str], None] = _silent) -> None:
         self.log_dir = log_dir
         self.servers: list[Server] = []
+        self._told: list[Server] = []
         self._report = report
         log_dir.mkdir(parents=True, exist_ok=True)
 
@@ -110,7 +111,9 @@ class Cluster:
                 server.check()
                 if server.ready():
                     waiting.remove(server)
-                    self._report(f"{server.name} is ready after {time.monotonic() - server.started:.0f} s")
+                    if server not in self._told:
+                        self._told.append(server)
+                        self._report(f"{server.name} is ready after {time.monotonic() - server.started:.0f} s")
             elapsed = time.monotonic() - begun
             if waiting and elapsed > timeout:
                 server = waiting[0]

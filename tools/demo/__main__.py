@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when the decoder computed no more than the last prompt token and every text equals the single engine's.
     """
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.partition("\n")[0])
+    # Not shm: it moves memory that kvlink allocated, and the cache is vLLM's own.
     parser.add_argument(
-        "--path", choices=("auto", "shm", "cma", "tcp"), default="auto", help="how the bytes travel (%(default)s)"
+        "--path", choices=("auto", "cma", "tcp"), default="auto", help="how the bytes travel (%(default)s)"
     )
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="each request is sent N times (%(default)s)"

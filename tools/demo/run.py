@@ -160,7 +160,7 @@ def ask_split(
         model: The model's folder.
         folder: For the logs.
         repeats: How often each request is sent.
-        path: "auto", "shm", "cma" or "tcp".
+        path: "auto", "cma" or "tcp".
         report: Takes lines of progress.
         requests: What to send.
 
