@@ -98,6 +98,7 @@ class Channel:
             local = _introduction(config, provider, engine.attributes, advertise, spec.name)
             limits = Limits(
                 peer_timeout=config.peer_timeout,
+                request_timeout=config.request_timeout,
                 handshake_timeout=config.handshake_timeout,
                 max_handshakes=config.max_handshakes or Limits.max_handshakes,
                 max_peers=config.max_peers,
@@ -115,7 +116,6 @@ class Channel:
         self.address = str(advertise)
         self.device = config.device
         self._engine = engine
-        self._request_timeout = config.request_timeout
         self._regions: dict[str, Region] = {}
         self._reserved: set[str] = set()
         self._lock = threading.Lock()

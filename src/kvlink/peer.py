@@ -16,7 +16,17 @@ import numpy.typing as npt
 from . import _forks
 from ._engine import GET, PUT, EnginePeer
 from ._memory import access_name
-from .errors import BusyError, ClosedError, ConfigError, KvlinkError, LinkError, RequestTimeout, StateError
+from .errors import (
+    BusyError,
+    ClosedError,
+    ConfigError,
+    EngineError,
+    KvlinkError,
+    LinkError,
+    PeerLost,
+    RequestTimeout,
+    StateError,
+)
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -184,12 +194,12 @@ class Peer:
 
     # ---- messages ----
 
-    def request(self, message: bytes, *, timeout: float = 30.0) -> bytes:
+    def request(self, message: bytes, *, timeout: float | None = None) -> bytes:
         """Ask the peer's ``on_request`` and wait for its answer.
 
         Args:
             message: At most 1 MiB.
-            timeout: Seconds.
+            timeout: Seconds; None takes the configuration's ``request_timeout``.
 
         Returns:
             The answer, at most 1 MiB.
@@ -202,6 +212,7 @@ class Peer:
             ConfigError: The message is too long.
             ForkedError: Called in a child process.
         """
+        timeout = self._hub.limits.request_timeout if timeout is None else timeout
         reply = self._ask(message, timeout)
         try:
             return reply.result(timeout)
@@ -211,18 +222,19 @@ class Peer:
             reply.cancel()
             raise self._request_timeout(timeout) from None
 
-    async def request_async(self, message: bytes, *, timeout: float = 30.0) -> bytes:
+    async def request_async(self, message: bytes, *, timeout: float | None = None) -> bytes:
         """Ask as ``request`` does, without blocking the running loop.
 
         Args:
             message: At most 1 MiB.
-            timeout: Seconds.
+            timeout: Seconds; None takes the configuration's ``request_timeout``.
 
         Raises:
             RequestError: See ``request``, also for the other errors.
         """
         import asyncio
 
+        timeout = self._hub.limits.request_timeout if timeout is None else timeout
         reply = self._ask(message, timeout)
         wrapped: asyncio.Future[bytes] = asyncio.wrap_future(reply)
         done, _ = await asyncio.wait({wrapped}, timeout=timeout)
@@ -403,6 +415,8 @@ class Peer:
         """A submit failed: because the peer ended meanwhile, or for its own reason."""
         if self.error is not None and isinstance(error, (ClosedError, StateError, LinkError)):
             return self.failure(operation)
+        if isinstance(error, (PeerLost, EngineError)):
+            self.suspect()
         return error
 
 

@@ -37,6 +37,7 @@ class Limits:
 
     Attributes:
         peer_timeout: Silence of a peer's host after which it counts as dead.
+        request_timeout: How long a request waits whose caller does not say.
         handshake_timeout: How long a stranger may take to authenticate.
         offer_timeout: How long an authenticated peer may take to offer a link.
         link_grace: How long closing a link may take.
@@ -48,6 +49,7 @@ class Limits:
     """
 
     peer_timeout: float = 3.0
+    request_timeout: float = 30.0
     handshake_timeout: float = 30.0
     offer_timeout: float = 120.0
     link_grace: float = 1.0

@@ -357,6 +357,7 @@ class Session:
     async def _shut(self, error: KvlinkError, status: int, bye: str | None) -> None:
         grace = self._hub.limits.link_grace
         try:
+            closing = self._hub.spawn(self._hub.offload_close(self._link.close, status, error.message, grace))
             if bye is not None:
                 self._connection.send(m.Bye(m.clip(bye)))
                 try:
@@ -366,7 +367,7 @@ class Session:
             if self._reader is not None:
                 self._reader.cancel()
                 await asyncio.wait({self._reader})
-            await self._hub.offload_close(self._link.close, status, error.message, grace)
+            await closing
             self.link_closed.set()
             self._connection.end()
             if not self.gone.is_set():

@@ -127,3 +127,22 @@ def test_a_region_closed_during_a_connect_that_takes_too_long_is_kept(open_both)
     thread.join(20)
     eventually(lambda: b.statistics().held_bytes == 0)
     eventually(lambda: set(next(iter(a.peers().values())).regions) == {"other"})
+
+
+@pytest.mark.parametrize("when", ["submit:2:LINK_DOWN", "submit:2+:LINK_DOWN"])
+def test_a_dead_data_path_ends_the_peer_on_both_sides(open_both, when):
+    a = open_both(hook_mode="provider", hook_fail=when)
+    b = open_both(hook_mode="provider")
+    local = a.register(np.zeros(4096, np.uint8), name="a")
+    b.register(np.zeros(4096, np.uint8), name="b")
+    peer = a.connect(b.address, timeout=20)
+    ranges = kvlink.ranges(local, peer.regions["b"], [(0, 0, 4096)])
+    assert peer.put(ranges).wait(10)
+    with pytest.raises(kvlink.PeerLost):
+        peer.put(ranges).wait(10)
+    eventually(lambda: peer.state == "lost" and not a.peers() and not b.peers())
+    assert isinstance(peer.error, kvlink.PeerLost) and "data path" in str(peer.error)
+    with pytest.raises(kvlink.PeerLost):
+        peer.put(ranges)
+    again = a.connect(b.address, timeout=20)
+    assert again is not peer and again.state == "connected"
