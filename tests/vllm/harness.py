@@ -133,6 +133,7 @@ class FakeEngine:
         self.prefix: dict[tuple[int, ...], int] = {}
         self.stats: dict[str, Any] = {}
         self.errored: list[str] = []
+        self.during_forward: Any = lambda: None
 
     # vLLM's side
 
@@ -211,6 +212,7 @@ class FakeEngine:
         for rank, worker in enumerate(self.workers):
             worker.handle_preemptions(meta)
             worker.bind_connector_metadata(meta)
+            self.during_forward()
             for request in scheduled:
                 self._compute(request, self.caches[rank])
             worker.start_load_kv(None)

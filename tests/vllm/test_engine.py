@@ -178,6 +178,65 @@ def test_a_decoder_that_asks_before_the_worker_knows_waits(engines):
     assert request.computed_here == 1
 
 
+def test_a_hand_off_is_served_during_the_forward_of_the_step_that_brings_it(engines):
+    """That forward may be another request's prefill and take seconds; the decoder must not wait for it."""
+    p, d = engines("kv_producer"), engines("kv_consumer")
+    tokens = list(range(20))
+    p.add(Request("p1", tokens, {"do_remote_decode": True}))
+    p.run(until=lambda: "p1" in p.answers)
+    request = decode(d, "d1", tokens, p.answers["p1"])
+    p.during_forward = d.run  # the decoder runs to its end meanwhile
+    p.step()
+    p.during_forward = lambda: None
+    assert request.computed_here == 1
+    settle(p, d)
+
+
+def test_a_pull_runs_beside_the_forward(engines):
+    p, d = engines("kv_producer"), engines("kv_consumer")
+    tokens = list(range(20))
+    request = decode(d, "d1", tokens, prefill(p, "p1", tokens))
+
+    def forward():
+        deadline = time.monotonic() + 10
+        while not d.workers[0]._runner._pulls._outcomes:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    d.during_forward = forward
+    d.step()
+    d.during_forward = lambda: None
+    settle(p, d)
+    assert request.computed_here == 1
+
+
+def test_siblings_that_come_a_little_later_still_find_the_hand_off(engines):
+    """n > 1: the requests of one parent reach the engine one after the other."""
+    p, d = engines("kv_producer"), engines("kv_consumer", blocks=64)
+    tokens = list(range(20))
+    answer = prefill(p, "p1", tokens)
+    requests = []
+    for number in range(3):
+        requests.append(decode(d, f"{number}_cmpl", tokens, answer))
+        d.run()
+    settle(p, d)
+    assert [request.computed_here for request in requests] == [1, 1, 1]
+
+
+def test_a_hand_off_that_is_over_is_told_at_once(engines, caplog):
+    p, d = engines("kv_producer"), engines("kv_consumer")
+    tokens = list(range(20))
+    answer = prefill(p, "p1", tokens)
+    decode(d, "d1", tokens, answer)
+    settle(p, d)
+    begin = time.monotonic()
+    again = decode(d, "d2", tokens, answer)
+    d.run()
+    assert time.monotonic() - begin < 2
+    assert again.computed_here == 20
+    assert warned(caplog, "the hand-off has ended")
+
+
 # ---- failures: the request is computed here, with a warning; the engine goes on
 
 

@@ -114,11 +114,20 @@ class KVLinkConnector(KVConnectorBase_V1):
         """See vLLM's base class."""
         return self._runner.handshake()
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Begins what must not wait for this step's forward, which can take seconds.
+
+        A decoder may ask for a new hand-off at any moment, and 0.32 calls ``start_load_kv`` after the forward.
+        """
+        super().bind_connector_metadata(connector_metadata)
+        if isinstance(connector_metadata, KVLinkMetadata):
+            self._quietly("bind_connector_metadata", lambda: self._runner.bind(connector_metadata), None)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """See vLLM's base class."""
         meta = self._get_connector_metadata()
         if isinstance(meta, KVLinkMetadata):
-            self._quietly("start_load_kv", lambda: self._runner.start(meta), None)
+            self._quietly("start_load_kv", lambda: self._runner.start_reads(meta), None)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request runs only when all its blocks are there."""

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_REMEMBERED = 4096
+"""Ended hand-offs of which a late decoder is told at once that they are over."""
+
 
 @dataclass
 class Lease:
@@ -85,6 +88,7 @@ class LeaseTable:
         self._lock = threading.Lock()
         self._leases: dict[str, Lease] = {}
         self._ended: list[Ended] = []
+        self._past: dict[str, None] = {}
         self._closed = False
 
     def __len__(self) -> int:
@@ -151,6 +155,10 @@ class LeaseTable:
         """Returns the lease without touching it, or None."""
         with self._lock:
             return self._leases.get(handoff)
+
+    def is_past(self, handoff: str) -> bool:
+        """Tells whether a hand-off was here and has ended, as far as that is remembered."""
+        return handoff in self._past
 
     def renew(self, handoffs: Iterable[str], reader: Hashable) -> None:
         """Extends leases; unknown ids are ignored, for they ended meanwhile.
@@ -219,5 +227,8 @@ class LeaseTable:
         # The word moves first: whoever sees the request among the ended may free its blocks at once.
         self._words[lease.slot] += np.uint64(1)
         del self._leases[lease.id]
+        self._past[lease.id] = None
+        if len(self._past) > _REMEMBERED:
+            del self._past[next(iter(self._past))]
         self._free.append(lease.slot)
         self._ended.append(Ended(lease.request_id, expired))

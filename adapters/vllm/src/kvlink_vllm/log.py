@@ -1,4 +1,4 @@
-"""The connector's logger: its own name, vLLM's handlers."""
+"""The connector's logger: its own name, vLLM's level and handlers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import logging
 
 
 def get_logger() -> logging.Logger:
-    """Returns the logger "kvlink_vllm", which writes where vLLM's own loggers write.
+    """Returns the logger "kvlink_vllm" as a child of "vllm".
 
-    vLLM configures "vllm" only, so a logger with another name would drop everything below WARNING.
+    vLLM configures "vllm" only, some versions long after this module is imported; with it as the parent, level and
+    handlers are looked up there when something is logged. A level set on "kvlink_vllm" itself still counts.
     """
     logger = logging.getLogger("kvlink_vllm")
-    source = logging.getLogger("vllm")
-    if not logger.handlers and source.handlers:
-        for handler in source.handlers:
-            logger.addHandler(handler)
-        logger.setLevel(source.getEffectiveLevel())
+    logger.parent = logging.getLogger("vllm")
     return logger

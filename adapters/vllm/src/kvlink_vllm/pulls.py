@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from kvlink_vllm import wire
@@ -21,6 +21,11 @@ from kvlink_vllm.settings import Settings
 logger = get_logger()
 
 _IDS_A_NOTICE = 1000
+_CHILD = re.compile(r"\d+_")
+"""vLLM names the requests that one with n > 1 becomes "0_<id>", "1_<id>", ...; they come one after the other."""
+_LINGER = 0.25
+_SIBLINGS = ""
+"""Stands among a hand-off's requests for siblings that may still come within ``_LINGER`` seconds."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Pulls:
         self._wanted: dict[tuple[str, str], set[str]] = {}
         self._request: dict[str, tuple[str, str]] = {}
         self._outcomes: deque[Outcome] = deque()
+        self._lingering: deque[tuple[float, tuple[str, str]]] = deque()
         self._lease = settings.lease
         self._closed = False
         self._renewer: threading.Thread | None = None
@@ -221,9 +227,16 @@ class Pulls:
                 return
             requests = self._wanted[key]
             requests.discard(request_id)
+            if not requests and _CHILD.match(request_id):
+                requests.add(_SIBLINGS)
+                self._lingering.append((time.monotonic() + _LINGER, key))
+                self._changed.notify_all()
             if requests:
                 return
             del self._wanted[key]
+        self._done(key)
+
+    def _done(self, key: tuple[str, str]) -> None:
         address, handoff = key
         link = self._links.connected(address)
         if link is not None:
@@ -250,24 +263,42 @@ class Pulls:
         except RuntimeError as error:  # shut down meanwhile: the lease runs out by itself
             logger.debug("kvlink: %s not sent: %s", type(message).__name__, error)
 
-    def _renew_sooner(self, lease: float) -> bool:
-        return self._closed or self._lease < lease
+    def _end_lingering(self, now: float) -> list[tuple[str, str]]:
+        """Returns hand-offs for which no sibling came in time; the lock is held."""
+        over = []
+        while self._lingering and self._lingering[0][0] <= now:
+            _, key = self._lingering.popleft()
+            requests = self._wanted.get(key)
+            if requests is not None:
+                requests.discard(_SIBLINGS)
+                if not requests:
+                    del self._wanted[key]
+                    over.append(key)
+        return over
 
     def _renew_all(self) -> None:
         """Renews at a third of the lease while anything is wanted; sleeps for good otherwise."""
+        due = 0.0
         while True:
             with self._lock:
+                if self._wanted:
+                    due = min(due, time.monotonic() + self._lease / 3)
+                    first = min(due, self._lingering[0][0]) if self._lingering else due
+                    self._changed.wait(max(0.0, first - time.monotonic()))
+                else:
+                    self._changed.wait()
+                    due = time.monotonic() + self._lease / 3
                 if self._closed:
                     return
-                if not self._wanted:
-                    self._changed.wait()
-                    continue
-                until = self._lease
-                if self._changed.wait_for(partial(self._renew_sooner, until), timeout=until / 3):
-                    continue
+                now = time.monotonic()
+                over = self._end_lingering(now)
                 by_address: dict[str, list[str]] = {}
-                for address, handoff in self._wanted:
-                    by_address.setdefault(address, []).append(handoff)
+                if now >= due:
+                    due = now + self._lease / 3
+                    for address, handoff in self._wanted:
+                        by_address.setdefault(address, []).append(handoff)
+            for key in over:
+                self._done(key)
             for address, handoffs in by_address.items():
                 link = self._links.connected(address)
                 if link is not None:

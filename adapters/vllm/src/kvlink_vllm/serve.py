@@ -105,6 +105,8 @@ class Server:
 
     def _claim(self, peer: Any, claim: wire.Claim) -> wire.ClaimReply:
         lease = self._table.claim(claim.id, peer)
+        if lease is None and self._table.is_past(claim.id):
+            return wire.ClaimReply(wire.UNKNOWN, "the hand-off has ended: read before, released, or its lease ran out")
         if lease is None:
             return self._wait_for(peer, claim.id)
         if lease.digest != claim.digest:
@@ -130,7 +132,7 @@ class Server:
             # Looked up again under the lock: `hold` adds to the table before it takes the waiters.
             if self._table.get(handoff) is None and len(self._waiters) < _MAX_WAITERS:
                 self._waiters.setdefault(handoff, []).append((now + self._handoff_wait, peer))
-        return wire.ClaimReply(wire.PENDING, "the prefiller does not know this hand-off (yet, or any more)")
+        return wire.ClaimReply(wire.PENDING, "the prefiller does not know this hand-off")
 
     def _checksum(self, request: wire.Checksum) -> wire.ChecksumReply:
         lease = self._table.get(request.id)

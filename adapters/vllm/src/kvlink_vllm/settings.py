@@ -51,9 +51,9 @@ class Settings:
     insecure: bool = False
     lease: float = 30.0
     contact: float = 10.0
-    handoff_wait: float = 2.0
+    handoff_wait: float = 10.0
     connect_timeout: float = 5.0
-    request_timeout: float = 5.0
+    request_timeout: float = 10.0
     pull_timeout: float = 30.0
     peer_timeout: float = 3.0
     retry_after: float = 1.0

@@ -56,6 +56,7 @@ class KVLinkWorker:
         self._stats = KVLinkStats()
         self._channel: Any = None
         self._host = False
+        self._started: KVLinkMetadata | None = None
         self._executors: list[ThreadPoolExecutor] = []
         self._table: LeaseTable | None = None
         self._server: Server | None = None
@@ -148,10 +149,11 @@ class KVLinkWorker:
         Args:
             meta: From the scheduler.
         """
-        reads, meta.reads = meta.reads, []
-        for read in reads:
-            if self._pulls is not None:
-                self._pulls.start(read)
+        if self._pulls is None or self._started is meta:
+            return
+        self._started = meta
+        for read in meta.reads:
+            self._pulls.start(read)
 
     def finished(self, finished_req_ids: Iterable[str]) -> tuple[set[str] | None, set[str] | None]:
         """Returns what ended since the last step; each id once.
