@@ -48,16 +48,34 @@ class Check:
             "note": self.note,
         }
 
+    @property
+    def bound(self) -> str:
+        """The threshold for people; empty when there is none."""
+        if self.at_least is not None:
+            return f">= {self.at_least:.4g}"
+        return "" if self.at_most is None else f"<= {self.at_most:.4g}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the threshold is met, for people; empty when there is none."""
+        return {True: "ok", False: "MISSED", None: ""}[self.passed]
+
     def line(self) -> str:
         """Return the check as one line of a table."""
-        bound = "" if self.passed is None else f"<= {self.at_most:g}" if self.at_most is not None else ""
-        if self.at_least is not None:
-            bound = f">= {self.at_least:g}"
-        verdict = {True: "ok", False: "MISSED", None: ""}[self.passed]
-        return f"{self.name:<58}{self.value:>11.4g} {self.unit:<7}{bound:<10}{verdict:<7} {self.note}".rstrip()
+        value = f"{self.value:.4g} {self.unit}".rstrip()
+        return f"{self.name:<66}{value:>14}  {self.bound:<10}{self.verdict:<7}{self.note}".rstrip()
 
 
 def print_table(checks: Iterable[Check]) -> None:
     """Print the checks, one a line."""
     for check in checks:
         print(check.line(), flush=True)
+
+
+def markdown(checks: Iterable[Check]) -> str:
+    """Return the checks as a Markdown table."""
+    lines = ["| figure | value | threshold | | measured with |", "|---|---|---|---|---|"]
+    for check in checks:
+        value = f"{check.value:.4g} {check.unit}".rstrip()
+        lines.append(f"| {check.name} | {value} | {check.bound} | {check.verdict} | {check.note} |")
+    return "\n".join(lines) + "\n"

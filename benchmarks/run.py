@@ -1,7 +1,8 @@
 """Measure everything that docs/performance.md states: ``make bench``, or ``python benchmarks/run.py --only calls``.
 
-Prints one line a figure, with its threshold where it has one, and writes all of them as JSON. The exit status is 0
-when every threshold is met.
+Prints one line a figure, with its threshold where it has one, and writes all of them as JSON and as a Markdown table.
+The exit status is 0 when every threshold is met. The engine part compares with vLLM's NixlConnector when nixl is there:
+``pip install --no-deps --target build/nixl nixl==1.5.1 nixl-cu12==1.5.1``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find benchmarks and tools
 
 from benchmarks import calls, transfer
-from benchmarks.checks import Check, print_table
+from benchmarks.checks import Check, markdown, print_table
 
 PARTS = ("transfer", "calls", "engine")
 
@@ -54,7 +55,7 @@ def _measure(args: argparse.Namespace) -> tuple[list[Check], list[dict[str, obje
 
         measured = ttft.measure(
             repeats,
-            nixl=args.nixl,
+            nixl=args.nixl.absolute() if args.nixl.is_dir() else None,
             report=lambda line: print(f"# {line}", flush=True),
             lengths=args.lengths or ttft.LENGTHS,
             idle_seconds=args.idle_seconds,
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="medians of N (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), metavar="FILE", help="(%(default)s)")
     parser.add_argument(
-        "--nixl", type=Path, metavar="DIR", help="folder that `pip install --target DIR --no-deps nixl nixl-cu12` made"
+        "--nixl", type=Path, default=Path("build/nixl"), metavar="DIR", help="folder with nixl, if any (%(default)s)"
     )
     parser.add_argument(
         "--lengths", type=_lengths, metavar="N,N", help="prompts of the engine part, tokens (501,2003,6007)"
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + "\n",
         encoding="utf-8",
     )
+    args.json.with_suffix(".md").write_text(markdown(checks), encoding="utf-8")
     missed = [check for check in checks if check.passed is False]
     print(f"{len(checks)} figures, {len(missed)} thresholds missed; {args.json}")
     return 1 if missed else 0
