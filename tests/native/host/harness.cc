@@ -14,7 +14,7 @@
 #if defined(__SANITIZE_THREAD__)
 // The tests let transfers overlap on purpose, and then poll and a helper thread write the same user bytes: the
 // application's race, which the provider neither has nor prevents. Everything but the copy itself is still checked.
-extern "C" const char *__tsan_default_suppressions();
+extern "C" __attribute__((visibility("default"))) const char *__tsan_default_suppressions();
 extern "C" const char *__tsan_default_suppressions() { return "race:kvlink::host::copy_pieces\n"; }
 #endif
 
@@ -25,6 +25,16 @@ pid_t current_child = 0;
 TestEngine *current_engine = nullptr;
 bool killed_is_fine = false;
 int pairs_run = 0;
+
+// What goes to the peer and comes back from it orders this thread and its engine's poll, but through the other process,
+// where the sanitizer cannot see it. Closing a handle that is not open takes the lock that poll holds, and does nothing
+// else.
+void order_with_poll() {
+#if defined(__SANITIZE_THREAD__)
+  kvl_error err = make_error();
+  if (current_engine != nullptr) provider().mem_close(current_engine->get(), 0xfffff, &err);
+#endif
+}
 
 }  // namespace
 
@@ -46,6 +56,7 @@ kvl_error make_error() {
 }
 
 void Pipe::send(const Bytes &message) {
+  order_with_poll();
   const uint64_t length = message.size();
   CHECK_EQ(::send(fd_, &length, sizeof length, MSG_NOSIGNAL), static_cast<ssize_t>(sizeof length));
   if (length > 0) CHECK_EQ(::send(fd_, message.data(), length, MSG_NOSIGNAL), static_cast<ssize_t>(length));
@@ -58,12 +69,7 @@ Bytes Pipe::receive() {
   CHECK_EQ(::recv(fd_, &length, sizeof length, MSG_WAITALL), static_cast<ssize_t>(sizeof length));
   Bytes message(length);
   if (length > 0) CHECK_EQ(::recv(fd_, message.data(), length, MSG_WAITALL), static_cast<ssize_t>(length));
-#if defined(__SANITIZE_THREAD__)
-  // What the peer says orders this side's poll before this thread, but through the other process, where the sanitizer
-  // cannot see it. Closing a handle that is not open takes the lock that poll holds, and does nothing else.
-  kvl_error err = make_error();
-  if (current_engine != nullptr) provider().mem_close(current_engine->get(), 0xfffff, &err);
-#endif
+  order_with_poll();
   return message;
 }
 

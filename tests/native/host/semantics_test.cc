@@ -229,9 +229,15 @@ void both_directions(const char *path) {
   const auto side = [path](Pipe &pipe, bool initiator) {
     Peer peer(pipe, initiator, {{"path", path}});
     std::vector<std::vector<kvl_range>> batches;
+    constexpr uint64_t kSlot = uint64_t{2} << 20, kUpper = kBytes / 2;
     for (uint64_t i = 0; i < 16; ++i) {
+      // Every batch has its slot: sources in the lower halves, targets in the upper ones.
       std::vector<kvl_range> ranges;
-      for (uint64_t j = 0; j < 100; ++j) ranges.push_back({kMem, kRemote, j * 600000, j * 600001 + i, 100000 + i});
+      for (uint64_t j = 0; j < 100; ++j) {
+        const uint64_t lower = i * kSlot + j * 20000, upper = kUpper + i * kSlot + j * 20001;
+        const bool put = i % 2 == 0;
+        ranges.push_back({kMem, kRemote, put ? lower : upper, put ? upper : lower, 19000 + i});
+      }
       batches.push_back(ranges);
     }
     std::vector<uint64_t> tags;
