@@ -12,8 +12,8 @@ With pytest, in a file of the provider's own tests::
         provider = "mine"
         options = {"path": "fast"}
 
-Cases run in a process of their own, so that a crash or a hang of the provider is one failed case. A skip comes only from
-something that the provider declares (a capability, a memory kind, a connect mode) and is counted with its reason.
+Cases run in a process of their own, so that a crash or a hang of the provider is one failed case. A skip comes only
+from something that the provider declares (a capability, a kind of memory) and is counted with its reason.
 """
 
 from .suite import Case, CaseResult, Settings, all_cases, select_cases

@@ -11,24 +11,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 import kvlink
 
-from .._engine import ACCEPTOR, EngineChannel, EnginePeer, EngineProvider
+from .._engine import EngineChannel, EnginePeer
 from ..errors import ConfigError, KvlinkError
-from . import hook, resources
-from .patterns import pattern
+from . import resources
 from .storage import Storage, make_storage
 from .streams import Stream
+from .trials import MAIN, Trials
 
-_CHANNEL = "main"
 
-
-class Agent:
+class Agent(Trials):
     """Commands are the methods whose names begin with ``do_``; arguments and results are plain JSON values."""
 
     def __init__(self) -> None:
@@ -60,7 +58,7 @@ class Agent:
         return method(**arguments)
 
     # ---- channels ----
-    def do_open(self, *, channel: str = _CHANNEL, provider: str, **settings: Any) -> dict[str, Any]:
+    def do_open(self, *, channel: str = MAIN, provider: str, **settings: Any) -> dict[str, Any]:
         """Opens a channel; returns its address and what it claims."""
         opened = kvlink.open(provider, **settings)
         self._channels[channel] = opened
@@ -70,23 +68,23 @@ class Agent:
         opened.on_peer_lost = self._on_lost
         return {"address": opened.address, "capabilities": int(opened.capabilities), "id": opened.id}
 
-    def do_close(self, *, channel: str = _CHANNEL, grace: float = 1.0) -> float:
+    def do_close(self, *, channel: str = MAIN, grace: float = 1.0) -> float:
         """Closes a channel; returns the seconds it took."""
         start = time.monotonic()
         self._channels.pop(channel).close(grace=grace)
         return time.monotonic() - start
 
-    def do_address(self, *, channel: str = _CHANNEL) -> str:
+    def do_address(self, *, channel: str = MAIN) -> str:
         """Returns the channel's address."""
         return self._channels[channel].address
 
-    def do_statistics(self, *, channel: str = _CHANNEL) -> dict[str, Any]:
+    def do_statistics(self, *, channel: str = MAIN) -> dict[str, Any]:
         """Returns the channel's counters that are whole numbers."""
         statistics = self._channels[channel].statistics()
         names = ("peers", "in_flight", "submitted", "succeeded", "failed", "cancelled", "timed_out")
         return {name: int(getattr(statistics, name)) for name in names}
 
-    def do_provider_statistics(self, *, channel: str = _CHANNEL) -> dict[str, int]:
+    def do_provider_statistics(self, *, channel: str = MAIN) -> dict[str, int]:
         """Returns the provider's own counters."""
         return {name: int(value) for name, value in self._channels[channel].statistics().provider.items()}
 
@@ -115,7 +113,7 @@ class Agent:
         kind: str = "plain",
         access: str = "rw",
         alignment: int = 1,
-        channel: str = _CHANNEL,
+        channel: str = MAIN,
     ) -> int:
         """Makes a region filled with the pattern of ``seed``; returns its handle."""
         storage = make_storage(
@@ -161,79 +159,6 @@ class Agent:
         changed = int(np.count_nonzero(storage.read(0, storage.nbytes) != before))
         return {"seconds": seconds, "changed": changed}
 
-    def do_copy(self, *, name: str, offset: int, length: int, to_region: bool, seed: int = 0) -> str:
-        """Copies through the provider: the pattern of ``seed`` into the region, or bytes out of it, as base64."""
-        region = self._storage[name].region
-        engine = region._engine
-        host = pattern(seed, 0, length).copy() if to_region else np.empty(length, dtype=np.uint8)
-        engine.mem_copy(region.handle, offset, host, to_region=to_region)
-        return base64.b64encode(host.tobytes()).decode()
-
-    def do_probe_allocation(self, *, kind: str, nbytes: int, seed: int, channel: str = _CHANNEL) -> dict[str, int]:
-        """Allocates a region, looks at it, dirties it, and closes it."""
-        storage = make_storage(
-            self._channels[channel], "probe", nbytes, kind=kind, access="rw", alignment=1
-        )
-        found = {
-            "nbytes": int(storage.region.nbytes),
-            "nonzero": int(np.count_nonzero(storage.read(0, nbytes))),
-            "address": int(storage.region.address),
-        }
-        storage.fill(seed)
-        storage.region.close()
-        return found
-
-    def do_alias(self, *, name: str, alias: str, offset: int, nbytes: int, channel: str = _CHANNEL) -> None:
-        """Registers a part of a region's memory under a second name."""
-        address = int(self._storage[name].region.address)
-        self._aliases[alias] = self._channels[channel].register((address + offset, nbytes, "cpu"), name=alias)
-
-    def do_close_alias(self, *, alias: str) -> None:
-        """Closes a second name."""
-        self._aliases.pop(alias).close()
-
-    def do_register_wrong(self, *, what: str, channel: str = _CHANNEL) -> None:
-        """Tries to register something that cannot be."""
-        good = np.zeros(4096, dtype=np.uint8)
-        register = self._channels[channel].register
-        if what == "empty":
-            register(good[:0], name="wrong")
-        elif what == "readonly":
-            good.flags.writeable = False
-            register(good, name="wrong")
-        elif what == "null":
-            register((0, 4096, "cpu"), name="wrong")
-        elif what == "strided":
-            register(good[::2], name="wrong")
-        elif what == "long name":
-            register(good, name="x" * 201)
-        elif what == "no name":
-            register(good, name="")
-        elif what == "access":
-            register(good, name="wrong", access="x")
-
-    def do_cycle_regions(
-        self, *, kind: str, nbytes: int, warm_up: int, count: int, channel: str = _CHANNEL
-    ) -> dict[str, int]:
-        """Registers and closes a region again and again.
-
-        Returns:
-            By how much descriptors, mappings and resident KiB of this process grew over ``count`` rounds that followed
-            ``warm_up``.
-        """
-        opened = self._channels[channel]
-        plain = np.zeros(nbytes, dtype=np.uint8)
-        before: dict[str, int] = {}
-        for index in range(warm_up + count):
-            if index == warm_up:
-                before = resources.usage()
-            if kind == "plain":
-                opened.register(plain, name="cycle").close()
-            else:
-                opened.allocate(nbytes, name="cycle").close()
-        after = resources.usage()
-        return {name: after[name] - before[name] for name in before}
-
     # ---- peers ----
     def _peer(self, peer: str, channel: str) -> kvlink.Peer:
         found = self._channels[channel].peers().get(peer)
@@ -244,7 +169,7 @@ class Agent:
         self._known[peer] = found
         return found
 
-    def do_connect(self, *, address: str, timeout: float = 10.0, channel: str = _CHANNEL) -> dict[str, Any]:
+    def do_connect(self, *, address: str, timeout: float = 10.0, channel: str = MAIN) -> dict[str, Any]:
         """Connects; returns the peer's id, its regions and its identity."""
         start = time.monotonic()
         peer = self._channels[channel].connect(address, timeout=timeout)
@@ -256,11 +181,11 @@ class Agent:
             "seconds": time.monotonic() - start,
         }
 
-    def do_peers(self, *, channel: str = _CHANNEL) -> dict[str, str]:
+    def do_peers(self, *, channel: str = MAIN) -> dict[str, str]:
         """Returns the states of the channel's peers by id."""
         return {peer_id: str(peer.state) for peer_id, peer in self._channels[channel].peers().items()}
 
-    def do_wait_peers(self, *, count: int, timeout: float = 10.0, channel: str = _CHANNEL) -> list[str]:
+    def do_wait_peers(self, *, count: int, timeout: float = 10.0, channel: str = MAIN) -> list[str]:
         """Waits until exactly ``count`` peers are connected; returns their ids."""
 
         def connected() -> list[str]:
@@ -279,22 +204,22 @@ class Agent:
                 raise ConfigError(f"{len(self._lost)} of {count} peers were reported lost within {timeout:g} s")
             return list(self._lost)
 
-    def do_wait_region(self, *, peer: str, name: str, timeout: float = 10.0, channel: str = _CHANNEL) -> int:
+    def do_wait_region(self, *, peer: str, name: str, timeout: float = 10.0, channel: str = MAIN) -> int:
         """Waits until a peer published a region; returns its bytes."""
         return int(self._peer(peer, channel).wait_region(name, timeout=timeout).nbytes)
 
-    def do_regions(self, *, peer: str, channel: str = _CHANNEL) -> list[str]:
+    def do_regions(self, *, peer: str, channel: str = MAIN) -> list[str]:
         """Returns the names of the regions that a peer publishes."""
         return sorted(self._peer(peer, channel).regions)
 
-    def do_wait_no_region(self, *, peer: str, name: str, timeout: float = 10.0, channel: str = _CHANNEL) -> None:
+    def do_wait_no_region(self, *, peer: str, name: str, timeout: float = 10.0, channel: str = MAIN) -> None:
         """Waits until a peer publishes a region no more."""
         found = self._peer(peer, channel)
         resources.until(
             lambda: name in found.regions, lambda there: not there, timeout, lambda _: f"region {name!r} is still there"
         )
 
-    def do_close_peer(self, *, peer: str, channel: str = _CHANNEL) -> None:
+    def do_close_peer(self, *, peer: str, channel: str = MAIN) -> None:
         """Closes a peer."""
         self._peer(peer, channel).close()
 
@@ -312,11 +237,11 @@ class Agent:
             self._condition.notify_all()
 
     # ---- messages ----
-    def do_request(self, *, peer: str, message: str, timeout: float = 10.0, channel: str = _CHANNEL) -> str:
+    def do_request(self, *, peer: str, message: str, timeout: float = 10.0, channel: str = MAIN) -> str:
         """Sends a request; returns the answer."""
         return self._peer(peer, channel).request(message.encode(), timeout=timeout).decode()
 
-    def do_notify(self, *, peer: str, message: str, channel: str = _CHANNEL) -> None:
+    def do_notify(self, *, peer: str, message: str, channel: str = MAIN) -> None:
         """Sends a notification."""
         self._peer(peer, channel).notify(message.encode())
 
@@ -377,7 +302,7 @@ class Agent:
         notify: str | None = None,
         stream: int | None = None,
         spoil: bool = False,
-        channel: str = _CHANNEL,
+        channel: str = MAIN,
     ) -> int:
         """Submits a transfer; returns its number. ``spoil`` overwrites the ranges as soon as the call returned."""
         ranges = self._ranges(peer, local, remote, blocks, channel)
@@ -435,9 +360,7 @@ class Agent:
         number = self.do_start(timeout=timeout, **arguments)
         return self.do_wait(transfer=number, timeout=30.0 if timeout is None else timeout + 10.0)
 
-    def do_transfer_parts(
-        self, *, operation: str, peer: str, parts: list[dict[str, Any]], channel: str = _CHANNEL
-    ) -> int:
+    def do_transfer_parts(self, *, operation: str, peer: str, parts: list[dict[str, Any]], channel: str = MAIN) -> int:
         """Moves blocks of several region pairs in one transfer; returns the bytes."""
         ranges = np.concatenate([self._ranges(peer, channel=channel, **part) for part in parts])
         found = self._peer(peer, channel)
@@ -445,24 +368,7 @@ class Agent:
         transfer.wait()
         return int(transfer.result().nbytes)
 
-    def do_put_malformed(self, *, peer: str, what: str, channel: str = _CHANNEL) -> None:
-        """Puts ranges that no caller should have made, between regions "a" and "b"."""
-        ranges = self._ranges(peer, "a", "b", [[0, 0, 64], [64, 64, 64]], channel)
-        if what == "dtype":
-            ranges = np.zeros((2, 5), dtype=np.int64)
-        elif what == "shape":
-            ranges = ranges.reshape(1, 2)
-        elif what == "strided":
-            ranges = np.concatenate([ranges, ranges])[::2]
-        elif what == "list":
-            ranges = [(0, 0, 64)]
-        elif what == "local handle":
-            ranges["mem"] ^= 0x5A00_0001
-        elif what == "remote handle":
-            ranges["rmem"] ^= 0x5A00_0001
-        self._peer(peer, channel).put(ranges).wait()
-
-    def do_stream(self, *, operation: str, peer: str, depth: int = 4, channel: str = _CHANNEL, **where: Any) -> int:
+    def do_stream(self, *, operation: str, peer: str, depth: int = 4, channel: str = MAIN, **where: Any) -> int:
         """Keeps ``depth`` transfers going until told to stop or until one fails; returns a number."""
         ranges = self._ranges(peer, channel=channel, **where)
         self._next += 1
@@ -478,70 +384,6 @@ class Agent:
         return self._streams[stream].end(timeout, stop)
 
     # ---- the process ----
-    def do_install_hook(self, *, inner: str) -> None:
-        """Makes the channel "hook" over ``inner`` available here."""
-        hook.install(inner)
-
-    def do_load_library(self, *, path: str) -> dict[str, str]:
-        """Loads a provider library through the engine."""
-        provider = EngineProvider.load(path)
-        return {"name": provider.name, "version": provider.version}
-
-    def do_raw_acceptor(
-        self, *, path: str, options: dict[str, str], device: str, session: str, key: str, blob: str
-    ) -> str:
-        """Opens an engine and the accepting side of one link, without a control plane; returns the link's blob."""
-        channel = EngineChannel.open(EngineProvider.load(path), options=options, device=device)
-        peer = channel.peer_open(ACCEPTOR, 1, bytes.fromhex(session), bytes.fromhex(key), "there", "here")
-        self._raw += [peer, channel]
-        if channel.attributes.connect_both:
-            arguments = (base64.b64decode(blob), 30.0)
-            threading.Thread(target=_outcome, args=(lambda: peer.connect(*arguments),), daemon=True).start()
-        return base64.b64encode(peer.describe()).decode()
-
-    def do_hold_gil(self, *, seconds: float) -> None:
-        """Sleeps without giving the interpreter to any other thread."""
-        resources.hold_gil(seconds)
-
-    def do_close_by_threads(self, *, count: int, channel: str = _CHANNEL) -> None:
-        """Closes a channel from several threads at once."""
-        opened = self._channels.pop(channel)
-        failures: list[BaseException] = []
-
-        def close() -> None:
-            try:
-                opened.close()
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=close) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        if failures:
-            raise failures[0]
-        if any(thread.is_alive() for thread in threads):
-            raise ConfigError("a thread hangs in close()")
-
-    def do_fork_and_try(self, *, peer: str, channel: str = _CHANNEL) -> dict[str, str]:
-        """Forks; the child tries the calls of channel, peer and region, and reports what each raised."""
-        opened, found = self._channels[channel], self._peer(peer, channel)
-        region = next(iter(opened.regions.values()))
-        ranges = kvlink.ranges(region, found.regions["b"], [[0, 0, 64]])
-        calls: dict[str, Callable[[], object]] = {
-            "register": lambda: opened.register(np.zeros(4096, np.uint8), name="forked"),
-            "connect": lambda: opened.connect(opened.address, timeout=1.0),
-            "peers": opened.peers,
-            "statistics": opened.statistics,
-            "put": lambda: found.put(ranges),
-            "get": lambda: found.get(ranges),
-            "request": lambda: found.request(b"x", timeout=1.0),
-            "notify": lambda: found.notify(b"x"),
-            "close region": region.close,
-        }
-        return resources.in_fork(lambda: {name: _outcome(call) for name, call in calls.items()})
-
     def do_resources(self) -> dict[str, int]:
         """Returns open descriptors, threads, mappings and resident KiB of this process."""
         return resources.usage()
@@ -553,14 +395,6 @@ class Agent:
     def do_log(self, *, message: str) -> None:
         """Writes a line to this process's log."""
         logging.getLogger("kvlink.testing").info(message)
-
-
-def _outcome(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except BaseException as error:
-        return type(error).__name__
-    return "nothing"
 
 
 def main() -> int:

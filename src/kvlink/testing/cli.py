@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="load: seconds; quick: a minute; full")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
     parser.add_argument("--device", default="cpu", help='"cpu", "npu:0"')
-    parser.add_argument("--memory", default="", metavar="KINDS", help="kinds that must be served: plain,allocated,device")
+    parser.add_argument(
+        "--memory", default="", metavar="KINDS", help="kinds that must be served: plain,allocated,device"
+    )
     parser.add_argument("--stream", default="", metavar="MODULE:FUNCTION", help="returns a device stream's handle")
     parser.add_argument("--group", action="append", choices=GROUPS, help="only this group; may be repeated")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")

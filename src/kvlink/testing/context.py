@@ -8,21 +8,20 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import errors
-from .._engine import EngineChannel, EngineProvider
 from .._engine_types import Attributes, Capability
-from ..config import validate_options
 from ..registry import ProviderSpec, find
 from . import hook, resources
-from .hook import CallLog
+from .bench import Bench
 from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
+from .hook import CallLog
 from .layouts import round_up
-from .suite import ConformanceFailure, DeclaredSkip, Settings, check
+from .suite import ConformanceFailure, DeclaredSkip, check
 from .wire import ChildProcess, fresh_folder
 
 E = TypeVar("E", bound=BaseException)
@@ -56,57 +55,6 @@ class Caught:
     """What :meth:`Context.error` caught."""
 
     error: errors.KvlinkError
-
-
-class Bench:
-    """What the cases of a run share: warm child processes, for starting one costs more than most cases, and what was
-    found out about the provider."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.idle: list[ChildProcess] = []
-        self._kinds: tuple[str, ...] | None = None
-
-    @cached_property
-    def attributes(self) -> Attributes:
-        """What an open engine of the provider declares."""
-        return read_attributes(self.settings)
-
-    def kinds(self) -> tuple[str, ...]:
-        """Returns the kinds of memory that the provider serves: "plain", "allocated", "device".
-
-        Raises:
-            ConformanceFailure: A kind that the settings demand is missing.
-        """
-        if self._kinds is None:
-            found = declared_kinds(self.attributes)
-            refusal = plain_refusal(self) if "plain" in found else None
-            if refusal is not None:
-                found.remove("plain")
-            check(found, f"the provider serves no kind of memory; plain memory: {refusal}")
-            for kind in self.settings.memory:
-                check(kind in found, f"{kind} memory must be served, but only {found} is; plain memory: {refusal}")
-            self._kinds = tuple(found)
-        return self._kinds
-
-    def take(self) -> ChildProcess:
-        """Returns a child with nothing open."""
-        while self.idle:
-            child = self.idle.pop()
-            if child.alive:
-                return child
-            child.kill()
-        return ChildProcess("kvlink.testing.agent")
-
-    def give(self, child: ChildProcess) -> None:
-        """Takes a child back after its agent was reset."""
-        self.idle.append(child)
-
-    def close(self) -> None:
-        """Ends all."""
-        for child in self.idle:
-            child.stop()
-        self.idle.clear()
 
 
 class Warnings(logging.Handler):
@@ -202,16 +150,15 @@ class Context:
         self._locals.append(endpoint)
         return endpoint
 
-    def remote(self, name: str = "b", *, through_hook: bool = False, fresh: bool = False) -> RemoteEndpoint:
-        """Makes an endpoint in a child process.
+    def remote(self, name: str = "b", *, through_hook: bool = False) -> RemoteEndpoint:
+        """Makes an endpoint in a child process that serves nothing else meanwhile.
 
         Args:
             name: For people.
             through_hook: Wrap the provider in the hook.
-            fresh: A process of its own even when a warm one is there.
         """
         defaults = self._defaults(through_hook)
-        child = ChildProcess("kvlink.testing.agent") if fresh else self._bench.take()
+        child = self._bench.take()
         endpoint = RemoteEndpoint(f"{name} (process {child.pid})", defaults, child)
         self._remotes.append(endpoint)
         if defaults["provider"] == "hook":
@@ -441,48 +388,3 @@ def check_error(error: errors.KvlinkError) -> None:
     """Fails when an error does not say what a user needs."""
     check(str(error).strip(), f"{type(error).__name__} has no text")
     check(error.operation, f"{type(error).__name__} names no operation: {error}")
-
-
-def read_attributes(settings: Settings) -> Attributes:
-    """Opens an engine of the provider just to read what it declares."""
-    spec = find(settings.provider)
-    provider = EngineProvider.load(spec.library_path())
-    channel = EngineChannel.open(provider, options=validate_options(spec, settings.options), device=settings.device)
-    attributes = channel.attributes
-    channel.close()
-    mask = str(settings.hook_options.get("hook_mask", "")) if settings.through_hook else ""
-    hidden = Capability(0)
-    for name in filter(None, mask.split(",")):
-        hidden |= Capability[name]
-    return replace(attributes, capabilities=attributes.capabilities & ~hidden)
-
-
-def declared_kinds(attributes: Attributes) -> list[str]:
-    """Returns the kinds of memory that the attributes name."""
-    kinds = ["plain"] if attributes.memory_kinds & 1 else []
-    if Capability.ALLOCATE in attributes.capabilities:
-        if attributes.memory_kinds & 1:
-            kinds.append("allocated")
-        if attributes.memory_kinds & 2:
-            check(Capability.COPY in attributes.capabilities, "device memory without COPY cannot be tested")
-            kinds.append("device")
-    return kinds
-
-
-def plain_refusal(bench: Bench) -> str | None:
-    """Returns the text with which the provider answers UNSUPPORTED to a peer's plain memory, or None when it serves it.
-
-    A path that moves shared memory only (an option of the provider may ask for it) says so in this way.
-    """
-    context = Context(bench)
-    try:
-        one, two = context.local("a"), context.local("b")
-        one.open()
-        address = two.open()
-        two.memory("plain", max(4096, bench.attributes.memory_alignment), 1, alignment=bench.attributes.memory_alignment)
-        one.wait_region(one.connect(address), "plain")
-    except errors.UnsupportedError as error:
-        return str(error)
-    finally:
-        context.close(failed=True)
-    return None

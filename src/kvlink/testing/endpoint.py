@@ -185,7 +185,10 @@ class RemoteEndpoint(Endpoint):
         self.child.signal(number)
         if number == signal.SIGSTOP:
             resources.until(
-                lambda: resources.thread_states(self.pid), lambda states: states <= {"T"}, 5.0, lambda s: f"threads are {s}"
+                lambda: resources.thread_states(self.pid),
+                lambda states: states <= {"T"},
+                5.0,
+                lambda s: f"threads are {s}",
             )
 
     def start(self, command: str, **arguments: Any) -> Future[Any]:

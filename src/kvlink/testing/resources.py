@@ -49,7 +49,7 @@ def usage() -> dict[str, int]:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return {
-        "descriptors": len(os.listdir("/proc/self/fd")) - 1,
+        "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1,
         "threads": int(fields["Threads"]),
         "mappings": Path("/proc/self/maps").read_text(encoding="utf-8").count("\n"),
         "resident_kib": int(fields["VmRSS"].split()[0]),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 GROUPS = ("load", "handshake", "memory", "data", "semantics", "closing", "faults", "injected", "threads", "honesty")
 PROFILES = ("load", "quick", "full")
 
+NOTHING = Capability(0)
+
 CaseFunction = Callable[["Context"], None]
 
 
@@ -23,7 +25,7 @@ class ConformanceFailure(AssertionError):
     """The provider, or the core under it, does not do what the contract says."""
 
 
-class DeclaredSkip(Exception):  # noqa: N818 - not an error
+class DeclaredSkip(Exception):
     """A case does not apply, for a reason that the provider declares."""
 
 
@@ -55,8 +57,8 @@ class Case:
     group: str
     name: str
     function: CaseFunction
-    needs: Capability = Capability(0)
-    proves: Capability = Capability(0)
+    needs: Capability = NOTHING
+    proves: Capability = NOTHING
     profile: str = "quick"
     timeout: float = 60.0
     quiet: bool = False
@@ -143,7 +145,7 @@ def case(
     group: str,
     name: str,
     *,
-    needs: Capability = Capability(0),
+    needs: Capability = NOTHING,
     proves: Capability | None = None,
     profile: str = "quick",
     timeout: float = 60.0,

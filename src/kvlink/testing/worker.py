@@ -11,7 +11,8 @@ from typing import Any
 
 from .._engine_types import Capability
 from ..errors import ConfigError, KvlinkError
-from .context import Bench, Context, Warnings
+from .bench import Bench
+from .context import Context, Warnings
 from .suite import Case, CaseResult, ConformanceFailure, DeclaredSkip, Settings, all_cases, missing_names
 from .wire import serve
 

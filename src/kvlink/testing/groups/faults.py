@@ -33,7 +33,7 @@ def _check_lost(end: dict[str, Any], since: float, what: str) -> None:
 
 def _streaming(context: Context, operation: str, initiator: bool) -> tuple[Pair, RemoteEndpoint, int]:
     """A fresh child that is worked on without pause by this process, which is the initiator or the acceptor."""
-    here, there = context.local("here"), context.remote("there", fresh=True)
+    here, there = context.local("here"), context.remote("there")
     here_address, there_address = here.open(), there.open()
     here.memory("a" if initiator else "b", 16 * _MIB, 1, kind=context.kind)
     there.memory("b" if initiator else "a", 16 * _MIB, 2, kind=context.kind)
@@ -79,7 +79,7 @@ def kill_peer(context: Context) -> None:
 @case("faults", "the peer restarts at the same address", timeout=60)
 def restart(context: Context) -> None:
     """Nothing that was meant for the old process reaches the new one, though its address and names are the same."""
-    here, old = context.local("here"), context.remote("old", fresh=True)
+    here, old = context.local("here"), context.remote("old")
     here.open()
     address = old.open()
     here.memory("a", 8 * _MIB, 1, kind=context.kind)
@@ -91,7 +91,7 @@ def restart(context: Context) -> None:
     stream = here.stream(operation, pair.ab, "a", "b", layout.blocks, depth=6)
     here.stream_count(stream, 1)
     old.signal(signal.SIGKILL)
-    new = context.remote("new", fresh=True)
+    new = context.remote("new")
     new.open(listen=address)
     new.memory("b", 8 * _MIB, 3, kind=context.kind)
     end = here.stream_end(stream, timeout=10.0)

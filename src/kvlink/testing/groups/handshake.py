@@ -87,9 +87,7 @@ def ring(context: Context) -> None:
     """No circle of waiters: each connects to the next while it is connected to."""
     ends = [context.local("one"), context.remote("two"), context.remote("three")]
     addresses = [end.open() for end in ends]
-    pending = [
-        end.start("connect", address=addresses[(index + 1) % 3], timeout=20.0) for index, end in enumerate(ends)
-    ]
+    pending = [end.start("connect", address=addresses[(index + 1) % 3], timeout=20.0) for index, end in enumerate(ends)]
     for future in pending:
         future.result(25)
     for end in ends:
@@ -108,9 +106,7 @@ def storm(context: Context) -> None:
         count = min(count, context.attributes.max_links)
     for index in range(count):
         caller.open(channel=f"c{index}")
-    pending = [
-        caller.start("connect", address=address, timeout=20.0, channel=f"c{index}") for index in range(count)
-    ]
+    pending = [caller.start("connect", address=address, timeout=20.0, channel=f"c{index}") for index in range(count)]
     for future in pending:
         future.result(25)
     target.wait_peers(count)
@@ -196,7 +192,9 @@ def nobody(context: Context) -> None:
         check(0.9 <= took < 4.0, f"a connect with a deadline of 1 s took {took:.2f} s")
 
 
-def _open_both(context: Context, a_options: dict[str, object], b_options: dict[str, object]) -> tuple[Endpoint, Endpoint, str]:
+def _open_both(
+    context: Context, a_options: dict[str, object], b_options: dict[str, object]
+) -> tuple[Endpoint, Endpoint, str]:
     """Opens two endpoints in connect mode BOTH; the hook makes the provider strict about it."""
     a, b = context.local("a", through_hook=True), context.remote("b", through_hook=True)
     a.open(options={"hook_mode": "both", **a_options})

@@ -154,7 +154,7 @@ def _raw_link(context: Context) -> Iterator[tuple[RemoteEndpoint, EnginePeer, by
     """A link without a control plane: our initiator and an acceptor in a child, with the acceptor's blob."""
     spec, settings = context.spec, context.settings
     session, key = secrets.token_bytes(16), secrets.token_bytes(32)
-    child = context.remote("raw", fresh=True)
+    child = context.remote("raw")
     options = validate_options(spec, settings.options)
     channel = EngineChannel.open(EngineProvider.load(spec.library_path()), options=options, device=settings.device)
     try:

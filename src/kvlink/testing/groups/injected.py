@@ -137,7 +137,7 @@ def _inject(context: Context, function: str) -> None:
     happened = 0
     for number in numbers:
         for side in (0, 1):
-            if function == "link_connect" and side == 1 or function == "engine_open" and number > 1:
+            if (function == "link_connect" and side == 1) or (function == "engine_open" and number > 1):
                 continue
             rule = f"{function}:{number}"
             life = _Life(context, rule if side == 0 else "", rule if side == 1 else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any
 
 from ... import errors, registry
 from ..._engine_types import Capability
@@ -189,7 +188,7 @@ def two_calls(context: Context) -> None:
         for role in (0, 1):
             with engine.link(role) as link:
                 check_two_calls(
-                    lambda buffer, length, err: int(engine.table.link_describe(link, buffer, length, err)),  # noqa: B023
+                    lambda buffer, length, err: int(engine.table.link_describe(link, buffer, length, err)),
                     context.attributes.max_describe,
                     "link_describe",
                 )
@@ -208,7 +207,7 @@ def _timed_wait(engine: RawEngine, timeout_ms: int) -> tuple[float, float]:
 
 @case("load", "wait sleeps, wake wakes", profile="load")
 def wait_and_wake(context: Context) -> None:
-    """wait uses no CPU, returns at its timeout, and at once when wake came before or comes meanwhile."""
+    """Wait uses no CPU, returns at its timeout, and at once when wake came before or comes meanwhile."""
     with _engine(context) as engine:
         # Events of opening the engine may end a first wait early.
         for _ in range(3):
@@ -225,25 +224,29 @@ def wait_and_wake(context: Context) -> None:
         check(took < 3.0, f"wait went on {took * 1000:.0f} ms although wake came after 100 ms")
 
 
-def _variant(context: Context, variant: str) -> RemoteEndpoint:
-    """A child in which the hook hands out a table that is unusual in one way."""
-    path = context.spec.library_path()
-    child = ChildProcess(
-        "kvlink.testing.agent", environ={"KVLINK_HOOK_LIBRARY": path, "KVLINK_HOOK_TABLE": variant}
+def _load(endpoint: RemoteEndpoint, variant: str) -> str:
+    """Loads, in a child, a copy of the hook that hands out a table which is unusual in one way."""
+    return str(
+        endpoint.call(
+            "load_variant",
+            path=os.fspath(library_path("hook")),
+            environ={"KVLINK_HOOK_TABLE": variant},
+        )["name"]
     )
+
+
+def _loader(context: Context) -> RemoteEndpoint:
+    child = ChildProcess("kvlink.testing.agent", environ={"KVLINK_HOOK_LIBRARY": context.spec.library_path()})
     context.adopt(child)
-    return RemoteEndpoint(f"loader with {variant!r}", {}, child)
-
-
-def _load(endpoint: RemoteEndpoint) -> dict[str, Any]:
-    return dict(endpoint.call("load_library", path=os.fspath(library_path("hook"))))
+    return RemoteEndpoint("the loader", {}, child)
 
 
 @case("load", "the loader takes a provider of an older table", profile="load", timeout=60)
 def older_table(context: Context) -> None:
     """What lies behind the bytes that a provider filled is not read, however it looks."""
-    endpoint = _variant(context, "older")
-    check(_load(endpoint)["name"] == "hook", "the provider was not loaded")
+    endpoint = _loader(context)
+    check(_load(endpoint, "older") == "hook", "the provider was not loaded")
+    # The hook itself is loaded with the same variant: the environment stays.
     endpoint.call("install_hook", inner=context.settings.provider)
     options = dict(context.settings.options)
     options["hook_mask"] = "CANCEL,INTERRUPT,LINK_CHECK,STATISTICS"
@@ -259,6 +262,7 @@ def older_table(context: Context) -> None:
 @case("load", "the loader refuses broken providers by name", profile="load", timeout=120)
 def broken_tables(context: Context) -> None:
     """A missing function, a short table, a wrong version: an error that says so, and no crash."""
+    endpoint = _loader(context)
     for variant, word in (
         ("missing:submit", "submit"),
         ("missing:wait", "wait"),
@@ -268,19 +272,14 @@ def broken_tables(context: Context) -> None:
         ("nameless", "name"),
         ("unterminated", "mmmm"),
     ):
-        endpoint = _variant(context, variant)
         with context.error_text(errors.ChannelUnavailableError) as caught:
-            check(not _load(endpoint), f"{variant}: the loader took it")
+            check(not _load(endpoint, variant), f"{variant}: the loader took it")
         check(word in str(caught.error), f"{variant}: the error does not say {word!r}: {caught.error}")
-        endpoint.child.stop()
-    # A provider that claims more than it was given room for is taken as far as the room goes, or refused.
-    endpoint = _variant(context, "oversized")
     try:
-        _load(endpoint)
+        # A provider that claims more than it was given room for is taken as far as the room goes, or refused.
+        _load(endpoint, "oversized")
     except errors.ChannelUnavailableError as error:
         check(str(error), "oversized: refused without a word")
-    endpoint.child.stop()
-    endpoint = _variant(context, "")
     for path in ("/nonexistent/libnothing.so", "/proc/self/exe"):
         with context.error_text(errors.ChannelUnavailableError):
             endpoint.call("load_library", path=path)

@@ -24,7 +24,9 @@ def _run_all(*jobs: Any) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=guard, args=(job,), name=f"kvlink-test-{index}") for index, job in enumerate(jobs)]
+    threads = [
+        threading.Thread(target=guard, args=(job,), name=f"kvlink-test-{index}") for index, job in enumerate(jobs)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -51,7 +53,7 @@ def one_connection(context: Context) -> None:
         for _ in range(rounds):
             pair.a.transfer(operation, pair.ab, "a", "b", blocks)
 
-    _run_all(*(lambda index=index: work(index) for index in range(threads)))  # type: ignore[misc]
+    _run_all(*(lambda index=index: work(index) for index in range(threads)))
     patches = []
     for index in range(threads):
         for local, remote, size in scattered(1000, 40, alignment=context.alignment, seed=index).blocks:
@@ -109,7 +111,7 @@ def everything(context: Context) -> None:
 
     others = [context.local("other"), context.local("third")]
     others[0].open()
-    _run_all(*(lambda name=name: transfers(name) for name in operations), cancels, cancels, regions, reconnects, closes)  # type: ignore[misc]
+    _run_all(*(lambda name=name: transfers(name) for name in operations), cancels, cancels, regions, reconnects, closes)
     pair.b.wait_peers(1)
     context.round_trip(pair)
 

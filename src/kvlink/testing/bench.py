@@ -1,0 +1,112 @@
+"""What the cases of one run share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+from .. import errors
+from .._engine import EngineChannel, EngineProvider
+from .._engine_types import Attributes, Capability
+from ..config import validate_options
+from ..registry import find
+from .endpoint import LocalEndpoint
+from .suite import Settings, check
+from .wire import ChildProcess
+
+_AGENT = "kvlink.testing.agent"
+
+
+class Bench:
+    """What the cases of a run share: warm child processes, and what was found out about the provider."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.idle: list[ChildProcess] = []
+        self._kinds: tuple[str, ...] | None = None
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What an open engine of the provider declares."""
+        return read_attributes(self.settings)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Returns the kinds of memory that the provider serves: "plain", "allocated", "device".
+
+        Raises:
+            ConformanceFailure: A kind that the settings demand is missing.
+        """
+        if self._kinds is None:
+            found = declared_kinds(self.attributes)
+            refusal = plain_refusal(self) if "plain" in found else None
+            if refusal is not None:
+                found.remove("plain")
+            check(found, f"the provider serves no kind of memory; plain memory: {refusal}")
+            for kind in self.settings.memory:
+                check(kind in found, f"{kind} memory must be served, but only {found} is; plain memory: {refusal}")
+            self._kinds = tuple(found)
+        return self._kinds
+
+    def take(self) -> ChildProcess:
+        """Returns a child with nothing open."""
+        child = self.idle.pop() if self.idle else ChildProcess(_AGENT)
+        if not self.idle:
+            self.idle.append(ChildProcess(_AGENT))  # starts while the case works, for the next one
+        return child
+
+    def give(self, child: ChildProcess) -> None:
+        """Takes a child back after its agent was reset."""
+        self.idle.append(child)
+
+    def close(self) -> None:
+        """Ends all."""
+        for child in self.idle:
+            child.stop()
+        self.idle.clear()
+
+
+def read_attributes(settings: Settings) -> Attributes:
+    """Opens an engine of the provider just to read what it declares."""
+    spec = find(settings.provider)
+    provider = EngineProvider.load(spec.library_path())
+    channel = EngineChannel.open(provider, options=validate_options(spec, settings.options), device=settings.device)
+    attributes = channel.attributes
+    channel.close()
+    mask = str(settings.hook_options.get("hook_mask", "")) if settings.through_hook else ""
+    hidden = Capability(0)
+    for name in filter(None, mask.split(",")):
+        hidden |= Capability[name]
+    return replace(attributes, capabilities=attributes.capabilities & ~hidden)
+
+
+def declared_kinds(attributes: Attributes) -> list[str]:
+    """Returns the kinds of memory that the attributes name."""
+    kinds = ["plain"] if attributes.memory_kinds & 1 else []
+    if Capability.ALLOCATE in attributes.capabilities:
+        if attributes.memory_kinds & 1:
+            kinds.append("allocated")
+        if attributes.memory_kinds & 2:
+            check(Capability.COPY in attributes.capabilities, "device memory without COPY cannot be tested")
+            kinds.append("device")
+    return kinds
+
+
+def plain_refusal(bench: Bench) -> str | None:
+    """Returns the text with which the provider answers UNSUPPORTED to a peer's plain memory, or None when it serves it.
+
+    A path that moves shared memory only (an option of the provider may ask for it) says so in this way.
+    """
+    settings, unit = bench.settings, max(1, bench.attributes.memory_alignment)
+    defaults = {"provider": settings.provider, "options": dict(settings.options), "device": settings.device}
+    one, two = LocalEndpoint("a", defaults), LocalEndpoint("b", defaults)
+    try:
+        one.open()
+        address = two.open()
+        two.memory("plain", max(4096, unit), 1, alignment=unit)
+        one.wait_region(one.connect(address), "plain")
+    except errors.UnsupportedError as error:
+        return str(error)
+    finally:
+        one.dispose()
+        two.dispose()
+    return None
