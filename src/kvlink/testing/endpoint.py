@@ -180,9 +180,11 @@ class RemoteEndpoint(Endpoint):
         self.stopped = False
 
     def signal(self, number: int) -> None:
-        """Sends a signal to the child; after SIGKILL or SIGSTOP it serves no other case."""
+        """Sends a signal to the child and waits until a SIGKILL or SIGSTOP has its effect; it serves no other case."""
         self.stopped = self.stopped or number in (signal.SIGKILL, signal.SIGSTOP)
         self.child.signal(number)
+        if number == signal.SIGKILL:
+            self.child.wait(20.0)
         if number == signal.SIGSTOP:
             resources.until(
                 lambda: resources.thread_states(self.pid),

@@ -170,6 +170,10 @@ class ChildProcess:
         """Sends a signal to the process."""
         self._process.send_signal(number)
 
+    def wait(self, timeout: float) -> int:
+        """Waits for the end of the process; returns its exit code."""
+        return self._process.wait(timeout)
+
     def kill(self) -> None:
         """Kills the process and waits for its end. Again is harmless."""
         if self._process.poll() is None:
