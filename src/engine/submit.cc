@@ -121,7 +121,12 @@ kvl_status submit_transfer(kve_peer &peer, uint32_t operation, const kvl_range *
     if (const kvl_status status = check_submit_locked(peer, operation, stream, err)) return status;
   }
   RangePlan plan;
-  if (const kvl_status status = plan_ranges(channel, peer, operation, ranges, count, plan, err)) return status;
+  if (const kvl_status status = plan_ranges(channel, peer, operation, ranges, count, plan, err)) {
+    // A channel or peer closed meanwhile takes its regions along: that is the reason to give, not the stale handle.
+    Lock lock(channel.mutex);
+    const kvl_status closed = check_submit_locked(peer, operation, stream, err);
+    return closed != KVL_OK ? closed : status;
+  }
 
   Ref<kve_transfer> transfer;
   Deferred later;
