@@ -147,6 +147,33 @@ def test_tensor_parallel_pairs_ranks(engines):
     assert d.stats["pulls"] == 2
 
 
+def test_one_rank_that_fails_makes_the_request_recompute_on_all(engines, caplog):
+    p = engines("kv_producer", ranks=2, **{"kvlink.contact": 0.5})
+    d = engines("kv_consumer", ranks=2, blocks=40)
+    tokens = list(range(30))
+    answer = prefill(p, "p1", tokens)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        answer = {
+            **answer,
+            "kvlink_addresses": [answer["kvlink_addresses"][0], f"tcp://127.0.0.1:{closed.getsockname()[1]}"],
+        }
+        request = decode(d, "d1", tokens, answer)
+        settle(p, d)
+    assert request.computed_here == 30
+    assert d.stats["pulls"] == 1
+    assert warned(caplog, "phase connect")
+
+
+def test_ranks_that_are_swapped_are_refused(engines, caplog):
+    p, d = engines("kv_producer", ranks=2, **{"kvlink.contact": 0.5}), engines("kv_consumer", ranks=2)
+    answer = prefill(p, "p1", list(range(30)))
+    request = decode(d, "d1", list(range(30)), {**answer, "kvlink_addresses": answer["kvlink_addresses"][::-1]})
+    settle(p, d)
+    assert request.computed_here == 30
+    assert warned(caplog, "'tp_rank'")
+
+
 def test_both_roles_in_one_engine(engines):
     a, b = engines("kv_both"), engines("kv_both", blocks=40)
     there = decode(b, "d1", list(range(20)), prefill(a, "p1", list(range(20))))
