@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.cluster import Engine, EngineSpec, Proxy, kvlink_config
+from tools.cluster import Engine, EngineSpec, Proxy, Pull, kvlink_config
 
 from e2e.prompts import prompt
 from e2e.stage import Decoder, Stage, cores
@@ -12,6 +12,7 @@ from e2e.talk import Answer, ask, eventually
 
 LENGTHS = (20, 33, 64, 100, 127, 128, 129, 150, 200, 257, 300, 384, 450, 600, 700)
 PROMPTS = [prompt(length, seed=10) for length in LENGTHS]
+MARK = prompt(21, seed=11)  # nobody else's length
 CONTACT, LEASE = 2.0, 4.0
 # Tokens of the reference's answers: enough for a client to leave in the middle of one.
 LONG = 40
@@ -54,5 +55,9 @@ class Pair(Stage):
         if self.decode.returncode is not None:
             self.decoder.engine = self.restart(self.decode)
         self.ready()
-        eventually("requests are split", lambda: ask(self.proxy, PROMPTS[0], max_tokens=1).route == "split")
-        self.decoder.trace.take()
+        eventually("requests are split", lambda: ask(self.proxy, MARK, max_tokens=1).route == "split")
+        # Its record is the last one of all that came before.
+        pulls: list[Pull] = []
+        while not any(pull.prompt_tokens == len(MARK) for pull in pulls):
+            pulls = self.decoder.trace.take(1, timeout=20)
+            assert pulls, "no record of a pull"

@@ -134,7 +134,7 @@ def test_what_a_client_sends_through_the_proxy_reaches_no_engine(pair: Pair) -> 
 
 def test_a_hand_off_fetched_too_late_twice_or_for_another_prompt_is_recomputed(pair: Pair) -> None:
     late, other = PROMPTS[-5], PROMPTS[-6]
-    # For another prompt: refused by the prefiller's worker, and still there for the right one.
+    # For another prompt: the prefiller's worker refuses.
     params = hand_off(pair.prefill, late)
     assert pair.right(ask(pair.decode, other, kv_transfer_params=params), other)
     (pull,) = pair.decoder.pulls(1)
