@@ -157,7 +157,7 @@ class Transfer:
         if raw.status in (Status.LINK_DOWN, Status.ENGINE_DOWN):
             self._peer.suspect()
         ended = self._peer.error
-        if raw.status in (Status.STATE, Status.CANCELLED) and isinstance(ended, ClosedError):
+        if raw.status in (Status.STATE, Status.CANCELLED, Status.LINK_DOWN) and isinstance(ended, ClosedError):
             return self._peer.failure(self._operation)
         error = raw.error(self._operation, self._peer.address)
         assert error is not None
