@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 from .. import errors
@@ -10,6 +9,7 @@ from .._engine import EngineChannel, EngineProvider
 from .._engine_types import Attributes, Capability
 from ..config import validate_options
 from ..registry import find
+from . import hook
 from .endpoint import LocalEndpoint
 from .suite import Settings, check
 from .wire import ChildProcess
@@ -65,18 +65,24 @@ class Bench:
         self.idle.clear()
 
 
+def channel_of(settings: Settings) -> tuple[str, dict[str, object]]:
+    """Returns the name of the channel to open and its options: the provider's, or the hook's over it."""
+    options: dict[str, object] = dict(settings.options)
+    if not settings.through_hook:
+        return settings.provider, options
+    options.update(settings.hook_options)
+    return hook.install(settings.provider), options
+
+
 def read_attributes(settings: Settings) -> Attributes:
     """Opens an engine of the provider just to read what it declares."""
-    spec = find(settings.provider)
+    name, options = channel_of(settings)
+    spec = find(name)
     provider = EngineProvider.load(spec.library_path())
-    channel = EngineChannel.open(provider, options=validate_options(spec, settings.options), device=settings.device)
+    channel = EngineChannel.open(provider, options=validate_options(spec, options), device=settings.device)
     attributes = channel.attributes
     channel.close()
-    mask = str(settings.hook_options.get("hook_mask", "")) if settings.through_hook else ""
-    hidden = Capability(0)
-    for name in filter(None, mask.split(",")):
-        hidden |= Capability[name]
-    return replace(attributes, capabilities=attributes.capabilities & ~hidden)
+    return attributes
 
 
 def declared_kinds(attributes: Attributes) -> list[str]:
@@ -96,8 +102,9 @@ def plain_refusal(bench: Bench) -> str | None:
 
     A path that moves shared memory only (an option of the provider may ask for it) says so in this way.
     """
-    settings, unit = bench.settings, max(1, bench.attributes.memory_alignment)
-    defaults = {"provider": settings.provider, "options": dict(settings.options), "device": settings.device}
+    unit = max(1, bench.attributes.memory_alignment)
+    name, options = channel_of(bench.settings)
+    defaults = {"provider": name, "options": options, "device": bench.settings.device}
     one, two = LocalEndpoint("a", defaults), LocalEndpoint("b", defaults)
     try:
         one.open()

@@ -17,7 +17,7 @@ from .. import errors
 from .._engine_types import Attributes, Capability
 from ..registry import ProviderSpec, find
 from . import hook, resources
-from .bench import Bench
+from .bench import Bench, channel_of
 from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
 from .hook import CallLog
 from .layouts import round_up
@@ -134,15 +134,12 @@ class Context:
 
     # ---- endpoints ----
     def _defaults(self, through_hook: bool) -> dict[str, Any]:
-        settings = self.settings
-        options: dict[str, object] = dict(settings.options)
-        name = settings.provider
-        if through_hook or settings.through_hook:
-            name = hook.install(settings.provider)
+        name, options = channel_of(self.settings)
+        if through_hook and name != "hook":
+            name = hook.install(self.settings.provider)
+        if name == "hook":
             options["hook_rendezvous"] = str(self.folder)
-            if settings.through_hook:
-                options.update(settings.hook_options)
-        return {"provider": name, "options": options, "device": settings.device}
+        return {"provider": name, "options": options, "device": self.settings.device}
 
     def local(self, name: str = "a", *, through_hook: bool = False) -> LocalEndpoint:
         """Makes an endpoint in this process."""

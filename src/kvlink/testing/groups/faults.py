@@ -13,7 +13,7 @@ from ..context import Context, Pair
 from ..endpoint import RemoteEndpoint
 from ..layouts import scattered
 from ..relay import Relay
-from ..suite import case, check
+from ..suite import NOTHING, case, check
 from .semantics import any_operation
 
 _MIB = 1 << 20
@@ -138,7 +138,7 @@ def control_cut(context: Context) -> None:
         b.close()
 
 
-@case("faults", "the connection breaks during the handshake", timeout=60)
+@case("faults", "the connection breaks in the handshake", needs=Capability.INTERRUPT, proves=NOTHING, timeout=60)
 def handshake_cut(context: Context) -> None:
     """An error before the deadline on one side, nothing left on the other, and the next attempt works."""
     a, b = context.local("a", through_hook=True), context.remote("b", through_hook=True)
