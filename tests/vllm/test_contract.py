@@ -129,3 +129,87 @@ def test_the_factory_accepts_the_constructor(version):
     assert [argument.arg for argument in initial.args.args] == ["self", "vllm_config", "role", "kv_cache_config"]
     theirs = methods(source(version, BASE), "KVConnectorBase_V1")["__init__"]
     assert [argument.arg for argument in theirs.args.args] == ["self", "vllm_config", "role", "kv_cache_config"]
+
+
+# ---- what the connector uses of vLLM besides the base class
+
+
+def defined(text: str) -> set[str]:
+    """Names that a module defines or imports at its top level, conditionals included."""
+    names: set[str] = set()
+    todo = list(ast.parse(text).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, (ast.If, ast.Try)):
+            todo += node.body + node.orelse + getattr(node, "finalbody", [])
+    return names
+
+
+def imported() -> set[tuple[str, str]]:
+    """(module, name) of every import from vLLM at run time that is not guarded by an except ImportError."""
+    found = set()
+    for path in Path(ours.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded: set[int] = set()
+        for node in ast.walk(tree):
+            optional = isinstance(node, ast.Try) and any(
+                getattr(handler.type, "id", "") == "ImportError" for handler in node.handlers
+            )
+            typing_only = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+            if optional or typing_only:
+                guarded |= {id(item) for child in node.body for item in ast.walk(child)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm") and id(node) not in guarded:
+                found |= {(node.module or "", alias.name) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_name_imported_from_vllm_exists(version):
+    names = imported()
+    assert len(names) > 5
+    for module, name in names:
+        path = module.replace(".", "/")
+        try:
+            text = source(version, f"{path}.py")
+        except (KeyError, FileNotFoundError):
+            text = source(version, f"{path}/__init__.py")
+        assert name in defined(text), f"vLLM {version}: {module} has no {name}"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_attributes_used_of_a_request_exist(version):
+    text = source(version, "vllm/v1/request.py")
+    members = set(methods(text, "Request"))
+    for function in methods(text, "Request").values():
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
+                members.add(node.attr)
+    used = {"request_id", "kv_transfer_params", "prompt_token_ids", "prompt_embeds", "num_prompt_tokens", "status"}
+    used |= {"num_computed_tokens", "lora_request", "cache_salt", "mm_features", "skip_reading_prefix_cache"}
+    assert used <= members, f"vLLM {version}: {sorted(used - members)}"
+    assert {"FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED"} <= {
+        target.id
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_of_a_requests_blocks_are_passed_after_alloc(version):
+    """The connector takes the missing ones out by position, so it must be given the cached ones too."""
+    text = source(version, SCHEDULER_READS_POLICY)
+    call = text.index("self.connector.update_state_after_alloc(")
+    assert "self.kv_cache_manager.get_blocks(" in text[call : call + 200]
+    manager = methods(source(version, "vllm/v1/core/kv_cache_manager.py"), "KVCacheBlocks")
+    assert "get_block_ids" in manager
