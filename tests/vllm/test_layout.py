@@ -151,6 +151,14 @@ def test_storages_are_counted_once(build, storages, planes):
     assert layout.block_bytes * 7 == total
 
 
+def test_layers_that_share_a_cache_move_it_once():
+    caches = separate(7)
+    caches["l3"] = caches["l1"]
+    layout = build_layout(caches, 7)
+    assert [plane.key for plane in layout.planes] == ["l0/0/0", "l1/0/0", "l2/0/0"]
+    assert len(layout.storages) == 3
+
+
 def test_runs_stay_neighbours_within_a_plane():
     layout = build_layout(shared(8), 8)
     ids = np.array([2, 3, 4])

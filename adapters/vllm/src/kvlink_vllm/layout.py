@@ -126,6 +126,7 @@ def build_layout(caches: Mapping[str, Any], blocks: int) -> CacheLayout:
     storages: list[Storage] = []
     index: dict[tuple[str, int], int] = {}
     planes: list[Plane] = []
+    places: set[tuple[int, int]] = set()
     for layer, cache in caches.items():
         tensors = list(cache) if isinstance(cache, (tuple, list)) else [cache]
         for position, tensor in enumerate(tensors):
@@ -139,6 +140,9 @@ def build_layout(caches: Mapping[str, Any], blocks: int) -> CacheLayout:
                     Storage(f"kv.{len(storages)}", int(storage.data_ptr()), int(storage.nbytes()), key[0], tensor)
                 )
             base = int(tensor.data_ptr()) - storages[index[key]].pointer
+            if (index[key], base) in places:
+                continue  # layers that share one cache: its bytes move once
+            places.add((index[key], base))
             planes.extend(_planes(f"{layer}/{position}", tensor, blocks, index[key], base))
     return CacheLayout(tuple(storages), tuple(planes), blocks)
 
