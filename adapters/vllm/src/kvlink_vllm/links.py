@@ -78,7 +78,7 @@ class Links:
                 return entry.future
             entry = self._entries[address] = _Entry(Future())
             if len(self._entries) > _MAX_ENTRIES:
-                self._entries = {key: item for key, item in self._entries.items() if item.failed_at is None}
+                self._entries = {key: item for key, item in self._entries.items() if not self._over(item)}
         self._executor.submit(self._connect, address, entry)
         return entry.future
 
@@ -97,6 +97,12 @@ class Links:
         if entry.failed_at is not None:
             return time.monotonic() - entry.failed_at >= self._settings.retry_after
         return bool(entry.future.result().peer.state != "connected")
+
+    @staticmethod
+    def _over(entry: _Entry) -> bool:
+        if not entry.future.done():
+            return False
+        return entry.failed_at is not None or bool(entry.future.result().peer.state != "connected")
 
     def _connect(self, address: str, entry: _Entry) -> None:
         begin = time.monotonic()
