@@ -388,11 +388,13 @@ class Channel:
             self._close_done.wait(grace + 5.0)
             return
         unconfirmed: list[str] = []
+        keep = True  # of an engine that hangs, or a control plane that did not say, nothing is known
         try:
             unconfirmed = self._hub.close(grace)
+            keep = bool(unconfirmed)
         finally:
             for region in list(self._regions.values()):
-                region.abandon(keep=bool(unconfirmed))
+                region.abandon(keep=keep)
             if unconfirmed and self._regions:
                 _log.warning(
                     "%s: %s may still write into memory that was registered; it is kept",

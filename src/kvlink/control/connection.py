@@ -39,7 +39,7 @@ class Connection:
 
     Attributes:
         limit: Most bytes that a received message may have; raised as trust grows.
-        queued: Bytes accepted by ``send`` and not yet handed to the kernel.
+        queued: Bytes accepted by ``send`` and not yet handed to the kernel; a small message counts as ``MIN_COST``.
         adopted: Whether a session owns it, and closes it at its end.
     """
 
@@ -66,14 +66,12 @@ class Connection:
     def send(self, message: messages.Message) -> None:
         """Queue a message; it leaves at once when the peer has room. Never blocks, never raises for a dead peer."""
         data = messages.encode(message)
-        self.queued += len(data)
-        if len(data) <= CHUNK:
-            self._queue.append((_LAST, data))
-        else:
-            view = memoryview(data)
-            for start in range(0, len(data), CHUNK):
-                kind = _LAST if start + CHUNK >= len(data) else _MORE
-                self._queue.append((kind, bytes(view[start : start + CHUNK])))
+        view = memoryview(data)
+        for start in range(0, len(data), CHUNK):
+            kind = _LAST if start + CHUNK >= len(data) else _MORE
+            part = data if len(data) <= CHUNK else bytes(view[start : start + CHUNK])
+            self.queued += max(len(part), MIN_COST)
+            self._queue.append((kind, part))
         self._pump()
 
     async def receive(self) -> messages.Message:
@@ -157,8 +155,9 @@ class Connection:
     def _pump(self) -> None:
         while self._queue and self._credit > 0:
             kind, payload = self._queue.popleft()
-            self.queued -= len(payload)
-            self._credit -= max(len(payload), MIN_COST)
+            cost = max(len(payload), MIN_COST)
+            self.queued -= cost
+            self._credit -= cost
             self._write(kind, payload)
         if not self._queue and self._flushed is not None:
             if not self._flushed.done():

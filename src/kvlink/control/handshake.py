@@ -52,7 +52,7 @@ class Introduced:
 
 
 class NotServed(ConnectError):
-    """The listener closed the connection before it said anything: too many at once, or closing."""
+    """The listener dropped the connection without an answer: too many at once, or closing. Trying again may help."""
 
 
 async def introduce(
@@ -124,18 +124,13 @@ async def _introduce_as_initiator(
     greeting = ours.encode()
     writer.write(greeting)
     transcript.add(greeting)
-    try:
-        data = await reader.readexactly(wire.GREETING_BYTES)
-    except (asyncio.IncompleteReadError, ConnectionResetError) as error:
-        if isinstance(error, asyncio.IncompleteReadError) and error.partial:
-            raise
-        raise NotServed("the listener closed the connection at once", operation="connect", peer=peer) from error
+    data = await _unless_dropped(reader.readexactly(wire.GREETING_BYTES), peer)
     transcript.add(data)
     theirs = _check_greeting(Greeting.decode(data), local, peer)
     proof = auth.prove(local.key, "initiator", transcript)
     writer.write(proof)
     transcript.add(proof)
-    verdict = await reader.readexactly(wire.VERDICT_BYTES)
+    verdict = await _unless_dropped(reader.readexactly(wire.VERDICT_BYTES), peer)
     if verdict[0] != Verdict.WELCOME:
         raise AuthenticationError(
             "the peer does not accept our secret", operation="connect", peer=peer, hint=CHECK_SECRETS
@@ -146,6 +141,16 @@ async def _introduce_as_initiator(
         )
     transcript.add(verdict)
     return theirs
+
+
+async def _unless_dropped(step: Awaitable[T], peer: str) -> T:
+    """Await an answer of the listener; one that closes instead of answering becomes NotServed."""
+    try:
+        return await step
+    except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+        if isinstance(error, asyncio.IncompleteReadError) and error.partial:
+            raise
+        raise NotServed("the listener closed the connection at once", operation="connect", peer=peer) from error
 
 
 async def _introduce_as_acceptor(

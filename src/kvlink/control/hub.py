@@ -376,6 +376,7 @@ class Hub:
             waiting = self.loop.run(lambda: self._close(grace), grace + 2.0)
         except (TimeoutError, ClosedError) as error:
             self.log.warning("%s: the control plane did not end in time: %r", self.name, error)
+            waiting = [peer.address for peer in self.peers.values()] or ["a peer"]
         try:
             self.engine.close(grace)
         finally:
@@ -393,10 +394,15 @@ class Hub:
         for session in list(self.sessions.values()):
             session.close("its channel was closed", by_user=True)
         deadline = self.time() + grace
-        while self.lingering and (left := deadline - self.time()) > 0:
+        while (self.lingering or self._undecided()) and (left := deadline - self.time()) > 0:
             await self.changed(left)
         self.reports.stop()
-        return [session.peer.address for session in self.lingering if session.same_host and not session.gone.is_set()]
+        silent = [session.peer.address for session in self.lingering if session.same_host and not session.gone.is_set()]
+        return silent + [attempt.address for attempt in self._undecided()]
+
+    def _undecided(self) -> list[LinkAttempt]:
+        """Attempts whose peer, on this host, may use the link already, though it has not said so."""
+        return [attempt for attempt in self.attempts if attempt.told and attempt.same_host]
 
     async def _report_rest(self) -> None:
         self.reports.drain()

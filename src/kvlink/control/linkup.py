@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvlink import _engine
 from kvlink.control import messages as m
+from kvlink.control import sockets
 from kvlink.control.handshake import Introduced, unless_closed
 from kvlink.control.session import Session
 from kvlink.control.wire import ProtocolError
@@ -38,6 +39,7 @@ class LinkAttempt:
 
     Attributes:
         published: Regions that the peer was told of.
+        told: Whether the peer was told that this side is up, so that it may use the link.
         settled: Whether it has ended.
         result: The session that it led to; the peer may have used our regions through it, even if it failed.
 
@@ -59,6 +61,7 @@ class LinkAttempt:
         self._connecting: asyncio.Task[None] | None = None
         self._link: _engine.EnginePeer | None = None
         self.published: list[m.RegionInfo] = []
+        self.told = False
         self.settled = False
         self.result: Session | None = None
         hub.attempts.add(self)
@@ -67,6 +70,11 @@ class LinkAttempt:
     def address(self) -> str:
         """The peer's address."""
         return self._peer
+
+    @property
+    def same_host(self) -> bool:
+        """Whether the peer runs on this kernel."""
+        return sockets.on_this_host(self._intro.hello.host_id)
 
     def publishes(self, handle: int) -> bool:
         """Whether the peer was told of that region."""
@@ -97,7 +105,6 @@ class LinkAttempt:
         """Connect where it is our turn, import the peer's regions, agree on DONE."""
         hub, connection = self._hub, self._intro.connection
         assert self._link is not None
-        told = False
         answer = asyncio.ensure_future(unless_closed(connection.receive(), self._peer))
         answer.add_done_callback(lambda future: future.cancelled() or future.exception())
         try:
@@ -111,11 +118,11 @@ class LinkAttempt:
                 for region in regions:
                     await session.take_region(region, self.remaining)
             connection.send(m.Done())
-            told = True  # from now on the peer may use the link
+            self.told = True  # from now on the peer may use the link
             if not waits_for_initiator:
                 self._expect_done(await answer)
         except BaseException as error:
-            if told:
+            if self.told:
                 answer.cancel()
                 self._take_over(session)
                 session.lose(f"the connect failed: {error}")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: How long to leave the backlog alone when the process is out of descriptors.
 SHORTAGE_PAUSE = 0.5
 WARNING_INTERVAL = 5.0
+#: How long a stranger may hold its place, in seconds, while others wait for one.
+PATIENCE = 3.0
 
 
 class Listener:
@@ -40,6 +42,7 @@ class Listener:
         self._sock = sock
         self._serve = serve
         self._greeting = 0
+        self._strangers: dict[asyncio.Task[None], float] = {}  # oldest first; when each came
         self._introduced = 0
         self._task: asyncio.Task[None] | None = None
         self._quiet_until = 0.0
@@ -69,11 +72,27 @@ class Listener:
                 elif error.errno == errno.EBADF:
                     return
                 continue  # else that one connection broke before it was taken
-            if self._greeting >= self._hub.limits.max_handshakes:
+            if self._greeting >= self._hub.limits.max_handshakes and not self._make_room():
                 sock.close()  # the initiator tries again
                 continue
             self._greeting += 1
-            self._hub.spawn(self._take(sock))
+            self._strangers[self._hub.spawn(self._take(sock))] = self._hub.time()
+
+    def _make_room(self) -> bool:
+        """Drop the stranger that has held its place longest, if that is long: idle ones must not keep others out."""
+        oldest = next(iter(self._strangers), None)
+        if oldest is None or self._hub.time() - self._strangers[oldest] < PATIENCE:
+            return False
+        del self._strangers[oldest]
+        oldest.cancel()
+        return True
+
+    def _met(self) -> None:
+        """The current task's connection is no stranger any more."""
+        self._greeting -= 1
+        task = asyncio.current_task()
+        if task is not None:
+            self._strangers.pop(task, None)
 
     async def _take(self, sock: socket.socket) -> None:
         peer = "unknown"
@@ -89,7 +108,7 @@ class Listener:
                 handshake.introduce(reader, writer, self._hub.local, peer, initiator=False),
                 self._hub.limits.handshake_timeout,
             )
-            self._greeting -= 1
+            self._met()
             self._introduced += 1
             if self._introduced > self._hub.limits.max_introduced:
                 raise ConnectError("too many connections are being set up", operation="accept", peer=peer)
@@ -98,7 +117,7 @@ class Listener:
             self._refuse(error, peer)
         finally:
             if intro is None:
-                self._greeting -= 1
+                self._met()
             else:
                 self._introduced -= 1
             if writer is None:

@@ -62,6 +62,7 @@ class Session:
         self._replies: dict[int, Future[bytes]] = {}
         self._acks: dict[int, asyncio.Future[None]] = {}
         self._region_jobs: dict[int, asyncio.Task[None]] = {}
+        self._importing = asyncio.Lock()
         self._next_request = 0
         self._undelivered = 0
         self._delivered = asyncio.Event()
@@ -69,7 +70,7 @@ class Session:
         self.peer_id = intro.peer_id
         self.session_id = session_id
         self.role = role
-        self.same_host = bool(intro.hello.host_id) and intro.hello.host_id == sockets.host_id()
+        self.same_host = sockets.on_this_host(intro.hello.host_id)
         self.published = {info.handle for info in published}
         self.ended = False
         self.gone = asyncio.Event()
@@ -172,7 +173,10 @@ class Session:
         if info.name in self.peer.regions:
             raise ProtocolError(f"the peer published two regions named {info.name!r}")
         try:
-            handle = await self._hub.offload_connect(self._link.rmem_open, info.blob, info.nbytes, info.access, timeout)
+            async with self._importing:  # one thread a peer: a stopped one must not hold up what others wait for
+                handle = await self._hub.offload_connect(
+                    self._link.rmem_open, info.blob, info.nbytes, info.access, timeout
+                )
         except (PeerLost, ClosedError):
             raise
         except KvlinkError as error:
@@ -198,8 +202,7 @@ class Session:
             except KvlinkError as error:
                 self.close(f"a withdrawn region is still in use here: {error.message}")
                 return
-        if not self.ended:
-            self._connection.send(m.RegionClosed(handle))
+        self._reply(m.RegionClosed(handle))
 
     def _then(self, handle: int, what: m.RegionAdd | m.RegionClose) -> None:
         """Do what the peer says about one of its regions, after what it said about it before."""
@@ -286,7 +289,7 @@ class Session:
     def _serve(self, request: m.Request) -> None:
         handler = self._hub.handlers.on_request
         if handler is None:
-            self._connection.send(m.RequestFailed(request.id, "the peer has no on_request handler"))
+            self._reply(m.RequestFailed(request.id, "the peer has no on_request handler"))
             return
         deadline = self._hub.time() + request.timeout_ms / 1000
 
@@ -309,9 +312,10 @@ class Session:
         try:
             self._hub.serve(job)
         except BusyError as error:
-            self._connection.send(m.RequestFailed(request.id, f"the peer is busy: {error.message}"))
+            self._reply(m.RequestFailed(request.id, f"the peer is busy: {error.message}"))
 
     def _reply(self, reply: m.Message) -> None:
+        """Answer; a peer that makes us answer without end and reads nothing is dropped."""
         if not self.ended:
             self._connection.send(reply)
             if self._connection.queued > MAX_QUEUED_BYTES:

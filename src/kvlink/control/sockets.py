@@ -148,3 +148,8 @@ def host_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def on_this_host(other: str) -> bool:
+    """Whether the ``host_id`` that a peer told is this host's."""
+    return bool(other) and other == host_id()
