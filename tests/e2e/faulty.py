@@ -31,7 +31,7 @@ class Pair(Stage):
         patience = {"kvlink_peer_timeout": 10.0, "kvlink_request_timeout": 10.0}
         producer = kvlink_config("kv_producer", kvlink_contact=CONTACT, kvlink_lease=LEASE, **patience)
         trace = str(self.folder / "pulls.jsonl")
-        consumer = kvlink_config("kv_consumer", kvlink_trace_file=trace, **patience)
+        consumer = kvlink_config("kv_consumer", kvlink_trace_file=trace, kvlink_handoff_wait=3.0, **patience)
         self.prefill = self.start_engine(EngineSpec("prefill", model, cores=first, transfer=producer))
         self.decoder = self.start_decoder(EngineSpec("decode", model, cores=second, transfer=consumer))
         self.proxy = self.start_proxy(self.prefill, self.decoder.engine)

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.engine
 
 ALONE = [prompt(length) for length in (1, 127, 129, 700, 2500)]
 TOGETHER = [prompt(length, seed=1) for length in (20, 128, 300, 1000)]
-
-
 SIZE: dict[str, Any] = {"tensor_parallel": 2, "cores": "|".join(cores())}
 
 
