@@ -205,7 +205,9 @@ class FakeEngine:
             self.running.append(request)
             scheduled.append(request)
         finished, self.finished_ids = self.finished_ids, set()
-        meta = self.scheduler.build_connector_meta(SimpleNamespace(finished_req_ids=finished))
+        meta = self.scheduler.build_connector_meta(
+            SimpleNamespace(finished_req_ids=finished, total_num_scheduled_tokens=len(scheduled))
+        )
         sent: set[str] = set()
         received: set[str] = set()
         invalid: set[int] = set()

@@ -92,7 +92,7 @@ class KVLinkConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See vLLM's base class."""
-        return self._planner.take_metadata()
+        return self._planner.take_metadata(scheduler_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """See vLLM's base class."""

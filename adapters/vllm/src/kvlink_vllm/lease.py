@@ -69,6 +69,7 @@ class LeaseTable:
         lease: Seconds that a claim or a renewal gives.
         contact: Seconds until the first contact, and again after the last reader was lost.
         clock: Monotonic seconds; tests pass their own.
+        on_end: Called once an ended lease can be collected.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LeaseTable:
         lease: float,
         contact: float,
         clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._words = words
         self._words[:] = 1
@@ -85,6 +87,7 @@ class LeaseTable:
         self._lease = lease
         self._contact = min(contact, lease)
         self._clock = clock
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._leases: dict[str, Lease] = {}
         self._ended: list[Ended] = []
@@ -232,3 +235,4 @@ class LeaseTable:
             del self._past[next(iter(self._past))]
         self._free.append(lease.slot)
         self._ended.append(Ended(lease.request_id, expired))
+        self._on_end()

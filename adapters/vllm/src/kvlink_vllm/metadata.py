@@ -93,9 +93,11 @@ class KVLinkMetadata(KVConnectorMetadata):
         tracks: Decoder: requests that wait.
         reads: Decoder: pulls to start.
         drops: Decoder: requests (by id) that will not pull after all.
+        idle: The step computes nothing; vLLM makes it only because something is waited for.
     """
 
     holds: list[Hold] = field(default_factory=list)
     tracks: list[Track] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     drops: list[str] = field(default_factory=list)
+    idle: bool = False

@@ -56,6 +56,7 @@ class Pulls:
         executor: Threads for pulls.
         notices: Thread for notices to prefillers.
         report: Gets each outcome, on the thread of the pull.
+        on_end: Called once an outcome can be taken.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Pulls:
         executor: ThreadPoolExecutor,
         notices: ThreadPoolExecutor,
         report: Callable[[Outcome], None],
+        on_end: Callable[[], None],
     ) -> None:
         self._links = links
         self._puller = puller
@@ -75,6 +77,7 @@ class Pulls:
         self._executor = executor
         self._notices = notices
         self._report = report
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._active: dict[str, Pull] = {}
@@ -155,6 +158,11 @@ class Pulls:
             outcomes.append(self._outcomes.popleft())
         return outcomes
 
+    @property
+    def running(self) -> bool:
+        """Whether a pull is under way."""
+        return bool(self._active)
+
     def counts(self) -> dict[str, int]:
         """Returns how many pulls run and how many requests hold a hand-off."""
         with self._lock:
@@ -202,6 +210,7 @@ class Pulls:
             self._active.pop(read.request_id, None)
         # The outcome goes first: the engine may be waiting for it; the prefiller can free its blocks a moment later.
         self._outcomes.append(outcome)
+        self._on_end()
         self._release(read.request_id)
         try:
             self._report(outcome)

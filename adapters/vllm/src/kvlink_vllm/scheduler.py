@@ -173,7 +173,12 @@ class KVLinkScheduler:
 
     # Both
 
-    def take_metadata(self) -> KVLinkMetadata:
-        """Returns this step's instructions and starts afresh."""
+    def take_metadata(self, scheduler_output: Any) -> KVLinkMetadata:
+        """Returns this step's instructions and starts afresh.
+
+        Args:
+            scheduler_output: The step.
+        """
         meta, self._meta = self._meta, KVLinkMetadata()
+        meta.idle = not getattr(scheduler_output, "total_num_scheduled_tokens", 1)
         return meta

@@ -35,6 +35,7 @@ class Settings:
         peer_timeout: Seconds after which a silent peer counts as lost.
         retry_after: Seconds during which a prefiller that could not be reached is not tried again.
         pulls: Pulls that one worker runs at once; more wait.
+        idle_wait: Seconds that a worker sleeps at most in a step that computes nothing while a pull or a lease is open.
         on_load_failure: "recompute" or "fail".
         cpu_affinity: Cores for the connector's own threads, such as "3" or "2-3,7"; None leaves them alone.
         model_id: Stands for the model's name in the compatibility check, if the two sides use different paths.
@@ -58,6 +59,7 @@ class Settings:
     peer_timeout: float = 3.0
     retry_after: float = 1.0
     pulls: int = 4
+    idle_wait: float = 0.005
     on_load_failure: str = "recompute"
     cpu_affinity: str | None = None
     model_id: str | None = None
@@ -109,6 +111,8 @@ class Settings:
                 raise SettingsError(f"kvlink.{name} is {getattr(self, name)!r}; expected seconds between 0 and 86400")
         if self.peer_timeout <= 0 or self.retry_after < 0:
             raise SettingsError("kvlink.peer_timeout must be positive and kvlink.retry_after not negative")
+        if not 0 <= self.idle_wait <= 1:
+            raise SettingsError(f"kvlink.idle_wait is {self.idle_wait!r}; expected seconds between 0 and 1")
         if not 1 <= self.pulls <= 64:
             raise SettingsError(f"kvlink.pulls is {self.pulls}; expected 1 to 64")
         if self.on_load_failure not in ("recompute", "fail"):

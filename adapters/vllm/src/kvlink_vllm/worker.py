@@ -61,6 +61,9 @@ class KVLinkWorker:
         self._table: LeaseTable | None = None
         self._server: Server | None = None
         self._pulls: Pulls | None = None
+        self._idle = False
+        # Set when a pull or a lease ends.
+        self._news = threading.Event()
 
     def register(self, caches: Mapping[str, Any]) -> None:
         """Opens the channel and registers the caches.
@@ -84,7 +87,10 @@ class KVLinkWorker:
         slots = min(self._blocks, _MAX_LEASES)
         leases = channel.allocate(8 * slots, name=_LEASES, access="r")
         self._table = LeaseTable(
-            np.frombuffer(leases.buffer(), dtype=np.uint64)[:slots], lease=settings.lease, contact=settings.contact
+            np.frombuffer(leases.buffer(), dtype=np.uint64)[:slots],
+            lease=settings.lease,
+            contact=settings.contact,
+            on_end=self._news.set,
         )
         # One word a pull; "r" is the least that a region can grant, and the words are no secret.
         scratch = channel.allocate(8 * 64, name=_SCRATCH, access="r")
@@ -106,6 +112,7 @@ class KVLinkWorker:
             self._executor("kvlink-pull", settings.pulls),
             notices,
             self._report,
+            self._news.set,
         )
         channel.on_request = self._server.on_request
         channel.on_notify = self._on_notify
@@ -133,6 +140,7 @@ class KVLinkWorker:
         """
         if self._server is None or self._pulls is None:
             return
+        self._idle = meta.idle
         for hold in meta.holds:
             _shielded("a hand-off", self._server.hold, hold)
         for track in meta.tracks:
@@ -167,6 +175,9 @@ class KVLinkWorker:
         if self._table is None or self._pulls is None:
             return None, None
         self._pulls.cancel(finished_req_ids)
+        if self._idle:
+            self._wait_for_news()
+        self._news.clear()
         received = set()
         for outcome in self._pulls.take():
             received.add(outcome.read.request_id)
@@ -185,6 +196,15 @@ class KVLinkWorker:
             else:
                 self._stats.add(leases_released=1)
         return sent or None, received or None
+
+    def _wait_for_news(self) -> None:
+        """Sleeps for a few milliseconds of a step that computes nothing, or until a pull or a lease ends.
+
+        vLLM makes such steps one after the other, and its processes spin between them. On a machine with few cores
+        they take the time, and this process's threads the interpreter, that the pull itself needs.
+        """
+        if self._pulls is not None and self._table is not None and (self._pulls.running or len(self._table)):
+            self._news.wait(self._settings.idle_wait)
 
     def take_errors(self) -> set[int]:
         """Returns the local blocks that were not filled since the last call."""
