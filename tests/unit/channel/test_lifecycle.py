@@ -262,6 +262,7 @@ def test_a_link_lost_on_one_side_only_is_replaced(pair):
     again = pair.a.connect(pair.b.address, timeout=10)
     assert again is not pair.peer_b and again.state == "connected"
     eventually(lambda: pair.peer_a.state == "lost")
+    eventually(lambda: pair.a.id in pair.b.peers())  # b takes it up right after its word that let a go on
     assert pair.b.peers()[pair.a.id].state == "connected"
 
 
