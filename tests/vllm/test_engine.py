@@ -703,3 +703,29 @@ def test_listening_beyond_loopback_needs_a_secret(engines):
     with pytest.raises(KvlinkError, match="secret"):
         engines("kv_producer", **{"kvlink.listen": "tcp://0.0.0.0:0"})
     engines("kv_producer", **{"kvlink.listen": "tcp://0.0.0.0:0", "kvlink.secret": "s"})
+
+
+def timed(engine):
+    begin = time.monotonic()
+    engine.step()
+    return time.monotonic() - begin
+
+
+def test_empty_steps_sleep_only_while_something_is_open_and_wake_at_its_end(engines):
+    wait = 1.0
+    p = engines("kv_producer", **{"kvlink.idle_wait": wait})
+    d = engines("kv_consumer", blocks=64, **{"kvlink.idle_wait": wait, "kvlink.handoff_wait": 20.0})
+    assert timed(d) < wait / 2  # nothing open
+    answer = prefill(p, "p1", list(range(20)))
+    assert timed(p) > wait * 0.9  # a lease is held
+    unknown = dict(answer, kvlink_handoff="3" * 32)
+    stuck = decode(d, "d1", list(range(20)), unknown)
+    d.step()
+    assert timed(d) > wait * 0.9  # a pull waits
+    d.add(Request("plain", [1, 2, 3]))
+    assert timed(d) < wait / 2  # a step with work never sleeps
+    threading.Timer(0.1, d.workers[0]._runner._pulls.cancel, (["d1"],)).start()
+    assert timed(d) < wait / 2  # it wakes when the pull ends
+    decode(d, "d2", list(range(20)), answer)
+    settle(p, d)
+    assert stuck.computed_here == 20
