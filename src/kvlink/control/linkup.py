@@ -274,14 +274,14 @@ async def accept(hub: Hub, intro: Introduced) -> Session | None:
         if not isinstance(message, m.Offer):
             raise ProtocolError(f"{type(message).__name__} where OFFER was due", peer=intro.hello.address)
         obstacle = _obstacle(hub, intro, message)
+        seconds = min(message.timeout_ms / 1000, MAX_SETUP_SECONDS)
         if obstacle is None:
-            refusal = await hub.ask_on_peer(intro.hello)
+            refusal = await asyncio.wait_for(hub.ask_on_peer(intro.hello), seconds)
             # Things may have changed while on_peer was asked.
             obstacle = _obstacle(hub, intro, message) if refusal is None else m.Reject(m.clip(refusal))
         if obstacle is None:
             hub.accepting[intro.peer_id] = message.session
             try:
-                seconds = min(message.timeout_ms / 1000, MAX_SETUP_SECONDS)
                 return await asyncio.wait_for(_answer(hub, intro, message), seconds)
             finally:
                 del hub.accepting[intro.peer_id]

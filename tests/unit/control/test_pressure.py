@@ -81,6 +81,19 @@ def test_imports_that_hang_leave_threads_to_other_peers(open_channel, monkeypatc
         go_on.set()
 
 
+def test_an_on_peer_that_hangs_holds_no_place(open_channel):
+    channel, other = open_channel(), open_channel()
+    go_on = threading.Event()
+    channel.on_peer = lambda identity: go_on.wait(30)
+    try:
+        with pytest.raises(kvlink.ConnectTimeout):
+            other.connect(channel.address, timeout=0.5)
+        eventually(lambda: channel._hub.listener._introduced == 0)
+        assert isinstance(channel._hub.listener.refusals[-1], kvlink.ConnectTimeout)
+    finally:
+        go_on.set()
+
+
 def test_memory_is_kept_when_the_engine_cannot_be_closed(open_channel, monkeypatch):
     """A provider call that hangs may go on to write into what was registered."""
     channel = open_channel()
