@@ -63,6 +63,7 @@ class _Life:
                 check(code in (INJECTED_CODE, 0), f"the vendor code is {code}: {text}")
                 self.injected.append(text)
             else:
+                check(self.injected, f"an error before anything was injected: {text}")
                 self.injected.append(f"follow-up: {text}")
             return False
         return True
