@@ -19,6 +19,11 @@ def test_defaults_and_provider_options():
     assert read().transfer_channel == "auto"
 
 
+def test_slips_in_our_own_keys_are_found_with_auto_too():
+    with pytest.raises(SettingsError, match=r"did you mean 'kvlink\.lease'"):
+        read(kvlink__leese=3)
+
+
 def test_auto_leaves_options_to_the_provider_that_is_taken():
     assert read(kvlink__path="tcp").options == {"path": "tcp"}
 

@@ -92,7 +92,10 @@ class Settings:
             if key == "transfer_channel":
                 continue
             name = key.removeprefix("kvlink.")
-            if name == key or (name not in own and offered is not None and name not in offered):
+            foreign = name not in own and name not in (offered or ())
+            if offered is None:  # `auto`: the provider checks its options, but what looks like ours is a slip
+                foreign = foreign and bool(get_close_matches(name, own, n=1, cutoff=0.8))
+            if name == key or foreign:
                 known = ["transfer_channel", *sorted(f"kvlink.{n}" for n in own | set(offered or ()))]
                 near = get_close_matches(key, known, n=1, cutoff=0.5) or get_close_matches(f"kvlink.{key}", known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
