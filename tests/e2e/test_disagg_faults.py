@@ -199,55 +199,69 @@ def test_a_prefiller_killed_after_its_answer_is_made_up_for(pair: Pair) -> None:
     assert (answer.route, pair.right(answer, during)) == ("split", True)
 
 
-def pulling(decode: Engine) -> float:
-    return decode.metric("vllm:num_requests_kv_fetch_by_stage", stage="in_progress")
+# Two hundred requests: a hundred, then fifty while the prefiller is killed, then fifty while the decoder is.
+FIFTY = [kind for kind, count in KINDS.items() for _ in range(count)]
 
 
-def test_two_hundred_requests_with_faults_leave_nothing_held(pair: Pair) -> None:
-    kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
-    assert len(kinds) == 50
+def test_clients_that_leave_at_every_state_leave_nothing_held(pair: Pair) -> None:
+    mix = Mix(pair, 1)
+    kinds = 2 * FIFTY
+    assert len(kinds) == 100
+    random.Random(1).shuffle(kinds)
+    mix.run(kinds)
+    assert mix.wrong == []
+    assert mix.failed == []
+    assert mix.done == Counter(kinds)
     settle(pair.prefill, pair.decode)
+    served(pair)
 
-    calm = Mix(pair, 1)
-    calm.run(random.Random(1).sample(2 * kinds, 100))
-    assert calm.wrong == []
-    assert calm.failed == []
-    assert calm.done == Counter(2 * kinds)
-    settle(pair.prefill, pair.decode)
 
-    # The prefiller dies in the middle: whoever asked it itself sees that, but no request through the proxy.
-    without_prefill = Mix(pair, 2)
+def test_a_prefiller_killed_under_load_fails_no_request_through_the_proxy(pair: Pair) -> None:
+    mix = Mix(pair, 2)
 
-    def kill_prefill() -> None:
+    def kill() -> None:
         pair.prefill.kill()
         pair.prefill = pair.restart(pair.prefill)
 
-    without_prefill.run(random.Random(2).sample(kinds, 50), after=8, then=kill_prefill)
-    assert without_prefill.wrong == []
-    assert without_prefill.done["split"] == KINDS["split"]
-    assert without_prefill.done.total() + len(without_prefill.failed) == 50
+    mix.run(random.Random(2).sample(FIFTY, 50), after=8, then=kill)
+    assert mix.wrong == []
+    assert mix.done["split"] == KINDS["split"]  # others ask the prefiller itself, and may see it die
+    assert mix.done.total() + len(mix.failed) == 50
+    settle(pair.decode)  # without the new prefiller's help
     pair.revive()
-    settle(pair.prefill, pair.decode)
+    settle(pair.prefill)
+    served(pair)
 
-    # The decoder dies in the middle: requests may fail, none may be wrong.
-    without_decode = Mix(pair, 3)
 
-    def kill_decode() -> None:
+def test_a_decoder_killed_under_load_leaves_nothing_held(pair: Pair) -> None:
+    mix = Mix(pair, 3)
+
+    def kill() -> None:
         pair.decode.kill()
         pair.decoder.engine = pair.restart(pair.decode)
 
-    without_decode.run(random.Random(3).sample(kinds, 50), after=8, then=kill_decode)
-    assert without_decode.wrong == []
-    assert without_decode.failed
-    assert without_decode.done.total() + len(without_decode.failed) == 50
+    mix.run(random.Random(3).sample(FIFTY, 50), after=8, then=kill)
+    assert mix.wrong == []
+    assert mix.failed  # there is no other decoder
+    assert mix.done.total() + len(mix.failed) == 50
+    settle(pair.prefill)  # without the new decoder's help
     pair.revive()
-    settle(pair.prefill, pair.decode)
+    settle(pair.decode)
+    served(pair)
 
+
+def served(pair: Pair) -> None:
+    """Either engine serves a plain request, and both together one that is split."""
     tokens = PROMPTS[-1]
     for engine in (pair.prefill, pair.decode):
         assert pair.right(ask(engine, tokens), tokens)
+    pair.decoder.trace.take()
     with pair.decoder.computes(1):
         answer = ask(pair.proxy, tokens)
     assert (answer.route, pair.right(answer, tokens)) == ("split", True)
-    (pull,) = pair.decoder.pulls(1)
-    assert pull.outcome == "ok"
+    pulls = pair.decoder.trace.take(1, timeout=20)
+    assert (pulls[-1].outcome, pulls[-1].prompt_tokens) == ("ok", len(tokens))
+
+
+def pulling(decode: Engine) -> float:
+    return decode.metric("vllm:num_requests_kv_fetch_by_stage", stage="in_progress")
