@@ -47,10 +47,15 @@ void Queue::HoldLocked(uint64_t tag, HookLink *link, kvl_status status, const ch
   held_.push_back({due, link, completion});
 }
 
+bool Queue::IsSilent(uint64_t tag) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return silent_.erase(tag) != 0;
+}
+
 bool Queue::Cancel(uint64_t tag) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto it = deferred_.begin(); it != deferred_.end(); ++it) {
-    if (it->tag != tag) continue;
+    if (it->tag != tag || it->silent) continue;
     HookLink *const link = it->link;
     deferred_.erase(it);
     HoldLocked(tag, link, KVL_CANCELLED, "hook:cancel", "cancelled before it reached the provider", 0, Clock::now());
@@ -68,8 +73,10 @@ void Queue::EndLink(HookLink *link) {
       ++it;
       continue;
     }
-    HoldLocked(it->tag, link, KVL_LINK_DOWN, "hook:link_close", "the link was closed before the submit was carried out",
-               0, now);
+    if (!it->silent) {
+      HoldLocked(it->tag, link, KVL_LINK_DOWN, "hook:link_close",
+                 "the link was closed before the submit was carried out", 0, now);
+    }
     it = deferred_.erase(it);
   }
   for (Held &held : held_) {
@@ -96,7 +103,9 @@ void Queue::SubmitDue(const kvl_provider &provider) {
       ++it;
       continue;
     }
-    if (status == KVL_DONE) {
+    if (it->silent) {
+      if (status == KVL_OK) silent_.insert(it->tag);
+    } else if (status == KVL_DONE) {
       held_.push_back({now, it->link, done});
     } else if (status != KVL_OK) {
       HoldLocked(it->tag, it->link, status, error.site, error.message, error.vendor_code, now);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 #include <vector>
 
@@ -23,6 +24,7 @@ struct DeferredSubmit {
   uint64_t count = 0;
   uint64_t stream = 0;
   uint64_t tag = 0;
+  bool silent = false;  // its completion was given already (a lie): none is wanted any more
 };
 
 class Queue {
@@ -34,6 +36,8 @@ class Queue {
 
   void Defer(const DeferredSubmit &submit);
   void Hold(const kvl_completion &completion, HookLink *link, Clock::time_point due);
+  // Whether a completion of the provider belongs to a silent submit; forgets the tag then.
+  bool IsSilent(uint64_t tag);
   // Takes a deferred submit back: its completion says CANCELLED. False when it is not here (any more).
   bool Cancel(uint64_t tag);
   // The link closes: deferred submits end with LINK_DOWN, held completions are due at once.
@@ -58,6 +62,7 @@ class Queue {
 
   std::mutex mutex_;
   std::unordered_map<uint64_t, HookLink *> out_;
+  std::set<uint64_t> silent_;
   std::deque<DeferredSubmit> deferred_;
   std::vector<Held> held_;
 };

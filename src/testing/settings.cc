@@ -70,6 +70,14 @@ bool ParseFault(const std::string &text, Fault *fault, std::string *problem) {
   return true;
 }
 
+bool ParseLie(const std::string &text, Lie *lie) {
+  const std::map<std::string, Lie> lies = {
+      {"", Lie::kNone}, {"drop", Lie::kDrop}, {"shift", Lie::kShift}, {"early", Lie::kEarly}, {"twice", Lie::kTwice}};
+  const auto found = lies.find(text);
+  if (found != lies.end()) *lie = found->second;
+  return found != lies.end();
+}
+
 bool Apply(const std::string &name, const std::string &value, Settings *settings, std::string *problem) {
   uint64_t number = 0;
   const auto u32 = [&](uint32_t *field) {
@@ -99,6 +107,8 @@ bool Apply(const std::string &name, const std::string &value, Settings *settings
   } else if (name == "hook_mode") {
     good = value == "both" || value == "provider" || value.empty();
     settings->both = value == "both";
+  } else if (name == "hook_lie") {
+    good = ParseLie(value, &settings->lie);
   } else if (name == "hook_rendezvous") {
     settings->rendezvous = value;
   } else if (name == "hook_log") {
@@ -127,9 +137,19 @@ bool Apply(const std::string &name, const std::string &value, Settings *settings
   return good;
 }
 
-constexpr const char *kOptions[] = {"hook_fail",        "hook_mask",       "hook_mode",       "hook_rendezvous",
-                                    "hook_log",         "hook_alignment",  "hook_depth",      "hook_delay_ms",
-                                    "hook_defer_ms",    "hook_connect_ms", "hook_max_ranges", "hook_max_range_bytes",
+constexpr const char *kOptions[] = {"hook_fail",
+                                    "hook_mask",
+                                    "hook_mode",
+                                    "hook_rendezvous",
+                                    "hook_log",
+                                    "hook_lie",
+                                    "hook_alignment",
+                                    "hook_depth",
+                                    "hook_delay_ms",
+                                    "hook_defer_ms",
+                                    "hook_connect_ms",
+                                    "hook_max_ranges",
+                                    "hook_max_range_bytes",
                                     "hook_max_connects"};
 
 }  // namespace

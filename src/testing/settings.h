@@ -18,6 +18,9 @@ struct Fault {
   kvl_status status = KVL_INTERNAL;
 };
 
+// Ways in which the hook breaks the contract itself, to show that the kit notices.
+enum class Lie { kNone, kDrop, kShift, kEarly, kTwice };
+
 struct Settings {
   std::vector<Fault> faults;  // hook_fail=submit:3,mem_open:1+:NO_RESOURCE
   uint64_t mask = 0;          // hook_mask=CANCEL,COPY: capabilities to hide
@@ -31,7 +34,10 @@ struct Settings {
   uint32_t delay_ms = 0;    // hook_delay_ms: completions come that much later
   uint32_t defer_ms = 0;    // hook_defer_ms: submits reach the provider that much later
   uint32_t connect_ms = 0;  // hook_connect_ms: link_connect takes that much longer
-  std::string log;          // hook_log: file for the call log and the contract's violations
+  // hook_lie: drop = OK and nothing moves; shift = bytes land one unit beside; early = OK before the bytes move;
+  // twice = each completion comes twice
+  Lie lie = Lie::kNone;
+  std::string log;  // hook_log: file for the call log and the contract's violations
 };
 
 // The name that differs from hook_ options only in case and prefix: "hook_fail" is KVLINK_HOOK_FAIL.

@@ -1,6 +1,8 @@
 // submit, poll and the sleep between them.
 #include <algorithm>
 #include <cstdio>
+#include <mutex>
+#include <vector>
 
 #include "calls.h"
 
@@ -24,6 +26,40 @@ bool Injure(HookEngine *engine, kvl_completion *completion) {
   return true;
 }
 
+// Copies of ranges that a lie needs longer than the core keeps them, or other than they are; never freed.
+const kvl_range *KeepRanges(const kvl_range *ranges, uint64_t count) {
+  static std::mutex mutex;
+  static auto *const kept = new std::vector<std::vector<kvl_range>>;
+  std::lock_guard<std::mutex> lock(mutex);
+  kept->emplace_back(ranges, ranges + count);
+  return kept->back().data();
+}
+
+// Breaks the contract as told. Returns false when the submit goes on, with `ranges` perhaps replaced.
+bool Lied(HookLink *link, uint32_t operation, const kvl_range **ranges, uint64_t count, uint64_t stream, uint64_t tag) {
+  HookEngine *const engine = link->engine;
+  const Lie lie = engine->settings.lie;
+  if (lie == Lie::kNone || lie == Lie::kTwice) return false;
+  if (lie == Lie::kShift) {
+    auto *changed = const_cast<kvl_range *>(KeepRanges(*ranges, count));
+    for (uint64_t index = 0; index < count; ++index) {
+      if (changed[index].remote_offset > 0) --changed[index].remote_offset;
+    }
+    *ranges = changed;
+    return false;
+  }
+  kvl_completion completion{};
+  completion.tag = tag;
+  for (uint64_t index = 0; index < count; ++index) completion.bytes += (*ranges)[index].length;
+  if (lie == Lie::kEarly) {
+    constexpr auto kLate = std::chrono::milliseconds(100);
+    engine->queue.Defer({Clock::now() + kLate, link, operation, KeepRanges(*ranges, count), count, stream, tag, true});
+  }
+  engine->queue.Hold(completion, link, Clock::now());
+  P().wake(engine->inner);
+  return true;
+}
+
 kvl_status SubmitNow(HookLink *link, uint32_t operation, const kvl_range *ranges, uint64_t count, uint64_t stream,
                      uint64_t tag, kvl_completion *done, kvl_error *err) {
   HookEngine *const engine = link->engine;
@@ -37,9 +73,10 @@ kvl_status SubmitNow(HookLink *link, uint32_t operation, const kvl_range *ranges
   if (!engine->queue.Begin(tag, link, settings.depth)) {
     return Fail(err, KVL_AGAIN, 0, "hook:submit", "the queue is full");
   }
+  if (Lied(link, operation, &ranges, count, stream, tag)) return KVL_OK;
   if (settings.defer_ms != 0) {
-    engine->queue.Defer(
-        {Clock::now() + std::chrono::milliseconds(settings.defer_ms), link, operation, ranges, count, stream, tag});
+    const auto due = Clock::now() + std::chrono::milliseconds(settings.defer_ms);
+    engine->queue.Defer({due, link, operation, ranges, count, stream, tag, false});
     P().wake(engine->inner);
     return KVL_OK;
   }
@@ -70,13 +107,14 @@ kvl_status SubmitNow(HookLink *link, uint32_t operation, const kvl_range *ranges
 kvl_status PollOnce(HookEngine *engine, kvl_completion *completions, uint32_t *count, uint32_t *more, kvl_error *err) {
   const Settings &settings = engine->settings;
   const uint32_t room = *count;
-  if (settings.defer_ms != 0) engine->queue.SubmitDue(P());
+  if (settings.defer_ms != 0 || settings.lie == Lie::kEarly) engine->queue.SubmitDue(P());
   kvl_completion fresh[kPollRoom];
   uint32_t filled = std::min(room, kPollRoom);
   const kvl_status status = P().poll(engine->inner, fresh, &filled, more, err);
   if (status != KVL_OK) return status;
   const auto due = Clock::now() + std::chrono::milliseconds(settings.delay_ms);
   for (uint32_t index = 0; index < filled; ++index) {
+    if (engine->queue.IsSilent(fresh[index].tag)) continue;
     if (!Injure(engine, &fresh[index])) {
       engine->down = true;
       continue;
@@ -84,6 +122,7 @@ kvl_status PollOnce(HookEngine *engine, kvl_completion *completions, uint32_t *c
     HookLink *const link = engine->queue.LinkOf(fresh[index].tag);
     const bool ending = link != nullptr && link->ending;
     engine->queue.Hold(fresh[index], link, ending ? Clock::now() : due);
+    if (settings.lie == Lie::kTwice) engine->queue.Hold(fresh[index], link, ending ? Clock::now() : due);
   }
   *count = engine->queue.Take(completions, room);
   for (uint32_t index = 0; index < *count; ++index) engine->ledger.Completed(completions[index]);

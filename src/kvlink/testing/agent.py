@@ -25,6 +25,9 @@ from .storage import Storage, make_storage
 from .streams import Stream
 from .trials import MAIN, Trials
 
+_RESET_GRACE = 8.0
+"""Seconds for a close that nobody measures, so that a busy machine is no finding."""
+
 
 class Agent(Trials):
     """Commands are the methods whose names begin with ``do_``; arguments and results are plain JSON values."""
@@ -97,7 +100,7 @@ class Agent(Trials):
             raw.close()
         for name in list(self._channels):
             try:
-                self._channels.pop(name).close(grace=1.0)
+                self._channels.pop(name).close(grace=_RESET_GRACE)
             except KvlinkError as error:
                 problems.append(str(error))
         self.__init__()  # type: ignore[misc]

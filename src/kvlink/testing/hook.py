@@ -36,6 +36,7 @@ OPTIONS = (
     Option("hook_delay_ms", "int", None, "completions come so many milliseconds later"),
     Option("hook_defer_ms", "int", None, "submits reach the provider so many milliseconds later"),
     Option("hook_connect_ms", "int", None, "connects take so many milliseconds longer"),
+    Option("hook_lie", "str", None, "break the contract", choices=("drop", "shift", "early", "twice")),
     Option("hook_log", "str", None, "file for the call log and the violations of the contract"),
 )
 
