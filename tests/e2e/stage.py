@@ -15,6 +15,15 @@ from e2e.talk import ask, eventually
 
 # All engines of a test start at once on few cores.
 START_SECONDS = 600.0
+# Deadlines that a machine busy with other work does not reach: here nothing may be recomputed.
+PATIENCE: dict[str, Any] = {
+    "kvlink_contact": 120.0,
+    "kvlink_lease": 120.0,
+    "kvlink_connect_timeout": 60.0,
+    "kvlink_request_timeout": 60.0,
+    "kvlink_peer_timeout": 60.0,
+    "kvlink_pull_timeout": 120.0,
+}
 
 
 def cores() -> tuple[str, str]:
@@ -39,12 +48,12 @@ class Decoder:
         """Asserts how many prompt tokens it computes meanwhile."""
         before = self.computed()
         yield
-        eventually(f"{tokens} prompt tokens computed", lambda: self.computed() - before >= tokens, 10)
+        eventually(f"{tokens} prompt tokens computed", lambda: self.computed() - before >= tokens, 30)
         assert self.computed() - before == tokens
 
     def pulls(self, expected: int) -> list[Pull]:
         """The pulls since the last call: exactly as many as expected."""
-        pulls = self.trace.take(expected, timeout=20)
+        pulls = self.trace.take(expected, timeout=30)
         assert len(pulls) == expected, [pull.raw for pull in pulls]
         return pulls
 
@@ -125,7 +134,7 @@ def leases(prefill: Server, ranks: int = 1) -> float:
     return ranks * prefill.metric("vllm:kvlink_handoffs_total") - ended
 
 
-def settle(*engines: Server, ranks: int = 1, seconds: float = 60.0) -> None:
+def settle(*engines: Server, ranks: int = 1, seconds: float = 100.0) -> None:
     """Waits until nothing is held on any of the engines, and asserts that they serve.
 
     A gauge shows an engine's last step; the small request makes a new one.

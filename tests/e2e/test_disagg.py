@@ -15,7 +15,7 @@ import pytest
 from tools.cluster import Engine, EngineSpec, Proxy, kvlink_config
 
 from e2e.prompts import prompt
-from e2e.stage import Decoder, Stage, block_size, check_pull, cores, settle
+from e2e.stage import PATIENCE, Decoder, Stage, block_size, check_pull, cores, settle
 from e2e.talk import Answer, ask, chat
 
 pytestmark = pytest.mark.engine
@@ -51,13 +51,13 @@ class Pair(Stage):
     def start(self, model: Path) -> None:
         first, second = cores()
         self.reference = self.start_engine(EngineSpec("reference", model, cores=first))
-        producer = kvlink_config("kv_producer", kvlink_verify=True)
+        producer = kvlink_config("kv_producer", kvlink_verify=True, **PATIENCE)
         self.prefill = self.start_engine(
             EngineSpec("prefill", model, cores=first, prefix_caching=True, transfer=producer)
         )
         for name, paths in (("auto", {"shm", "cma"}), ("tcp", {"tcp"})):
             trace = str(self.folder / f"pulls-{name}.jsonl")
-            config = kvlink_config("kv_consumer", path=name, kvlink_verify=True, kvlink_trace_file=trace)
+            config = kvlink_config("kv_consumer", path=name, kvlink_verify=True, kvlink_trace_file=trace, **PATIENCE)
             caching = name == "tcp"
             decoder = self.start_decoder(
                 EngineSpec(f"decode-{name}", model, cores=second, prefix_caching=caching, transfer=config)

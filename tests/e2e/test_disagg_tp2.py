@@ -11,7 +11,7 @@ import pytest
 from tools.cluster import Engine, EngineSpec, Proxy, kvlink_config
 
 from e2e.prompts import prompt
-from e2e.stage import Decoder, Stage, block_size, check_pull, cores, settle
+from e2e.stage import PATIENCE, Decoder, Stage, block_size, check_pull, cores, settle
 from e2e.talk import ask
 
 pytestmark = pytest.mark.engine
@@ -31,9 +31,9 @@ class Pair(Stage):
 
     def start(self, model: Path, path: str) -> None:
         self.paths = {path} if path != "auto" else {"shm", "cma"}
-        producer = kvlink_config("kv_producer", kvlink_verify=True)
+        producer = kvlink_config("kv_producer", kvlink_verify=True, **PATIENCE)
         trace = str(self.folder / "pulls.jsonl")
-        consumer = kvlink_config("kv_consumer", path=path, kvlink_verify=True, kvlink_trace_file=trace)
+        consumer = kvlink_config("kv_consumer", path=path, kvlink_verify=True, kvlink_trace_file=trace, **PATIENCE)
         self.prefill = self.start_engine(EngineSpec("prefill", model, transfer=producer, **SIZE))
         self.decoder = self.start_decoder(EngineSpec("decode", model, transfer=consumer, **SIZE))
         self.proxy = self.start_proxy(self.prefill, self.decoder.engine)
