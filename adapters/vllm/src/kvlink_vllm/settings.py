@@ -54,8 +54,8 @@ class Settings:
     contact: float = 10.0
     handoff_wait: float = 10.0
     connect_timeout: float = 5.0
-    request_timeout: float = 10.0
-    pull_timeout: float = 30.0
+    request_timeout: float = 15.0
+    pull_timeout: float = 60.0
     peer_timeout: float = 3.0
     retry_after: float = 1.0
     pulls: int = 4
