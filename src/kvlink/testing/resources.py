@@ -44,6 +44,11 @@ def until(read: Callable[[], T], good: Callable[[T], bool], timeout: float, desc
         time.sleep(_POLL)
 
 
+def sanitized() -> bool:
+    """Whether this process runs under a sanitizer, which keeps freed memory on purpose."""
+    return "/libasan.so" in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
 def usage() -> dict[str, int]:
     """Returns open descriptors, threads, mappings and resident KiB of this process."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
