@@ -86,7 +86,8 @@ def test_an_on_peer_that_hangs_holds_no_place(open_channel):
     go_on = threading.Event()
     channel.on_peer = lambda identity: go_on.wait(30)
     try:
-        with pytest.raises(kvlink.ConnectTimeout):
+        # Both deadlines end at the same moment: the initiator may see its own pass, or the acceptor hang up.
+        with pytest.raises(kvlink.ConnectError):
             other.connect(channel.address, timeout=0.5)
         eventually(lambda: channel._hub.listener._introduced == 0)
         assert isinstance(channel._hub.listener.refusals[-1], kvlink.ConnectTimeout)
