@@ -186,3 +186,13 @@ class Proxy(Server):
         log = log_dir / f"{name}.log"
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         super().__init__(name, [*command, *args], port, env=env, log=log)
+
+    def ready(self) -> bool:
+        """Return whether it answers, and knows its prefillers and decoders to be up: it splits requests now."""
+        if not super().ready():
+            return False
+        try:
+            _, page = client.get(f"{self.url}/health")
+        except OSError:
+            return False
+        return bool(json.loads(page)["status"] == "ok")
