@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -17,7 +18,10 @@ void FillTable(const Inner &inner, kvl_provider *table) {
   *table = kvl_provider{};
   table->struct_size = sizeof(*table);
   table->abi_version = KVL_ABI_VERSION;
-  table->wire_version = inner.table.wire_version;
+  // For tests of the handshake: a peer whose provider speaks another protocol.
+  const char *const wire_version = std::getenv("KVLINK_HOOK_WIRE_VERSION");
+  table->wire_version = wire_version != nullptr ? static_cast<uint32_t>(std::strtoul(wire_version, nullptr, 10))
+                                                : inner.table.wire_version;
   table->path_count = inner.table.path_count;
   table->name = "hook";
   table->version = inner.table.version;

@@ -17,7 +17,7 @@ from .. import errors
 from .._engine_types import Attributes, Capability
 from ..registry import ProviderSpec, find
 from . import hook, resources
-from .bench import Bench, channel_of
+from .bench import Bench, channel_of, declared_kinds
 from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
 from .hook import CallLog
 from .layouts import round_up
@@ -126,6 +126,11 @@ class Context:
     def kinds(self) -> tuple[str, ...]:
         """Kinds of memory that the provider serves: "plain", "allocated", "device"."""
         return self._bench.kinds()
+
+    @property
+    def local_kinds(self) -> tuple[str, ...]:
+        """Kinds of memory that can be the local side of a transfer."""
+        return tuple(declared_kinds(self.attributes))
 
     @property
     def kind(self) -> str:

@@ -91,15 +91,15 @@ def revoked_get(context: Context) -> None:
 
 @case("closing", "a region closed while a put waits at the peer", needs=Capability.PUT, timeout=60)
 def revoked_waiting(context: Context) -> None:
-    """The put is accepted and would be carried out a second later: by then the owner has its memory back."""
+    """The put is accepted and would be carried out half a second later: by then the owner has its memory back."""
     for mask in ("", "CANCEL"):
-        options: dict[str, object] = {"hook_defer_ms": 1000}
+        options: dict[str, object] = {"hook_defer_ms": 600}
         if mask:
             options["hook_mask"] = mask
         pair = context.pair(two_processes=True, through_hook=True, a={"options": options})
         pair.a.wait_region(pair.ab, "b")
         number = pair.a.submit("put", pair.ab, "a", "b", [(0, 0, context.align(65_536))])
-        found = pair.b.call("watch_close", name="b", timeout=8.0, quiet=1.5)
+        found = pair.b.call("watch_close", name="b", timeout=8.0, quiet=0.9)
         check(found["changed"] == 0, f"{found['changed']} bytes changed after close() had returned")
         try:
             pair.a.wait(number)

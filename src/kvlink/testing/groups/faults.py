@@ -173,7 +173,7 @@ def stopped_peer(context: Context) -> None:
     there.signal(signal.SIGSTOP)
     start = time.monotonic()
     try:
-        pair.a.close_region("a", timeout=2.0)
+        pair.a.close_region("a", timeout=1.0)
     except errors.KvlinkError as error:
         check(str(error), "an error without text")
     took = time.monotonic() - start

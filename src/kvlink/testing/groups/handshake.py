@@ -9,8 +9,9 @@ from ... import errors
 from ..._engine_types import Capability
 from .. import resources
 from ..context import Context
-from ..endpoint import Endpoint
+from ..endpoint import Endpoint, RemoteEndpoint
 from ..suite import NOTHING, case, check
+from ..wire import ChildProcess
 
 _SECRET = "a secret that both sides know"
 
@@ -170,6 +171,23 @@ def other_provider(context: Context) -> None:
     check("hook" in str(caught.error), f"the providers are not named: {caught.error}")
 
 
+@case("handshake", "a provider of another wire version answers", timeout=40)
+def other_wire_version(context: Context) -> None:
+    """Same name, but its blobs and data protocol differ: refused, naming both versions."""
+    child = ChildProcess("kvlink.testing.agent", environ={"KVLINK_HOOK_WIRE_VERSION": "987654"})
+    context.adopt(child)
+    a = context.local("a", through_hook=True)
+    b = RemoteEndpoint("b", a.open_defaults, child)
+    b.call("install_hook", inner=context.settings.provider)
+    a.open()
+    address = b.open()
+    for one, other in ((a, address), (b, a.call("address"))):
+        with context.error(errors.VersionMismatch, operation="connect") as caught:
+            one.connect(other)
+        check("987654" in str(caught.error), f"the versions are not named: {caught.error}")
+    b.close()
+
+
 @case("handshake", "nobody listens, and nobody answers", timeout=40)
 def nobody(context: Context) -> None:
     """A closed port is an error at once, a silent listener one at the deadline."""
@@ -219,11 +237,11 @@ def both_late(context: Context) -> None:
     """Whoever is first waits for the other."""
     for late in (0, 1):
         options: list[dict[str, object]] = [{}, {}]
-        options[late]["hook_connect_ms"] = 1500
+        options[late]["hook_connect_ms"] = 800
         a, b, address = _open_both(context, *options)
         start = time.monotonic()
         pair = context.join(a, b, address, timeout=15)
-        check(time.monotonic() - start > 1.4, "the side that was first did not wait")
+        check(time.monotonic() - start > 0.7, "the side that was first did not wait")
         context.round_trip(pair)
         context.close_pair(pair)
 
@@ -237,9 +255,9 @@ def both_never(context: Context) -> None:
         a, b, address = _open_both(context, options["a"], options["b"])
         start = time.monotonic()
         with context.error(errors.ConnectError, operation="connect"):
-            a.connect(address, timeout=2.0)
+            a.connect(address, timeout=1.2)
         took = time.monotonic() - start
-        check(took < 5.0, f"a connect with a deadline of 2 s took {took:.1f} s")
+        check(took < 5.0, f"a connect with a deadline of 1.2 s took {took:.1f} s")
         b.wait_peers(0)
         a.close()
         b.close()
