@@ -61,7 +61,7 @@ Failure Link::connect_paths(const LinkBlob &peer, const Deadline &deadline) {
       UniqueFd socket;
       Failure failure = connect_tcp(peer.host, peer.port, deadline, &socket);
       if (!failure.ok()) return failure;
-      tune_tcp(socket.get());
+      tune_tcp(socket.get(), engine_.options().peer_timeout_ms);
       Hello hello{};
       hello.kind = static_cast<uint32_t>(StreamKind::kTcp);
       hello.index = index;

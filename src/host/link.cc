@@ -52,7 +52,7 @@ bool Link::expects(const Hello &hello) const {
 }
 
 Failure Link::attach_stream(const Hello &hello, UniqueFd fd) {
-  tune_tcp(fd.get());
+  tune_tcp(fd.get(), engine_.options().peer_timeout_ms);
   auto stream = std::make_unique<TcpStream>(*this, std::move(fd), hello.index);
   const Failure failure = engine_.watch(stream.get(), EPOLLIN);
   if (!failure.ok()) return failure;

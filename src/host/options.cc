@@ -10,7 +10,7 @@ namespace kvlink::host {
 namespace {
 
 constexpr const char *kNames[] = {"path",      "streams",        "threads",  "copy_slice",
-                                  "bind_host", "advertise_host", "tcp_host", "tcp_port"};
+                                  "bind_host", "advertise_host", "tcp_host", "tcp_port", "peer_timeout_ms"};
 
 size_t edit_distance(const std::string &a, const std::string &b) {
   std::vector<size_t> row(b.size() + 1);
@@ -92,6 +92,9 @@ Failure parse_option(const std::string &name, const std::string &value, Options 
   } else if (name == "tcp_port") {
     failure = parse_number(name, value, 0, 65535, &number);
     options->tcp_port = static_cast<uint16_t>(number);
+  } else if (name == "peer_timeout_ms") {
+    failure = parse_number(name, value, 1, 86400000, &number);
+    options->peer_timeout_ms = static_cast<uint32_t>(number);
   } else {
     failure = make_failure(KVL_INVALID, "engine_open", "unknown option '%.60s'; did you mean '%s'?", name.c_str(),
                            nearest_name(name));

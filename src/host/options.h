@@ -23,6 +23,7 @@ struct Options {
   std::string advertise_host;           // what peers connect to; empty = bind_host
   std::string tcp_host;                 // both of the above, when data has a network of its own
   uint16_t tcp_port = 0;                // 0 = any free port
+  uint32_t peer_timeout_ms = 3000;      // silence after which the kernel gives a data connection up
 };
 
 Failure parse_options(const kvl_engine_params &params, Options *options);

@@ -19,7 +19,6 @@ namespace kvlink::host {
 namespace {
 
 constexpr int kBacklog = 128;
-constexpr int kUserTimeoutMs = 3000;
 
 void set_int(int fd, int level, int name, int value) {
   // Best effort: a kernel that lacks one of these still moves the bytes.
@@ -201,13 +200,13 @@ Failure connect_tcp(const std::string &host, uint16_t port, const Deadline &dead
   return failure;
 }
 
-void tune_tcp(int fd) {
+void tune_tcp(int fd, uint32_t peer_timeout_ms) {
   set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   set_int(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
   set_int(fd, IPPROTO_TCP, TCP_KEEPIDLE, 1);
   set_int(fd, IPPROTO_TCP, TCP_KEEPINTVL, 1);
-  set_int(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
-  set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, kUserTimeoutMs);
+  set_int(fd, IPPROTO_TCP, TCP_KEEPCNT, static_cast<int>(std::max(1u, (peer_timeout_ms + 999) / 1000 - 1)));
+  set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(peer_timeout_ms));
 }
 
 Failure listen_local(const std::string &name, UniqueFd *listener) {

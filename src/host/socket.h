@@ -65,8 +65,8 @@ Failure resolve(const std::string &host, uint16_t port, bool passive, std::vecto
 // A listening TCP socket and the port it got.
 Failure listen_tcp(const std::string &host, uint16_t port, UniqueFd *listener, uint16_t *bound_port);
 Failure connect_tcp(const std::string &host, uint16_t port, const Deadline &deadline, UniqueFd *socket);
-// No delay, and a peer that is gone is noticed in about three seconds.
-void tune_tcp(int fd);
+// No delay, and a peer that is gone is noticed in about `peer_timeout_ms`.
+void tune_tcp(int fd, uint32_t peer_timeout_ms = 3000);
 
 // An abstract Unix socket (message-preserving) under `name`, which has no leading zero byte.
 Failure listen_local(const std::string &name, UniqueFd *listener);

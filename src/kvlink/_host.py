@@ -26,5 +26,6 @@ SPEC = ProviderSpec(
         Option("copy_slice", "size", None, "bytes copied at most in one go before other transfers get their turn"),
         Option("bind_host", "str", None, "set by the core: host of the control listener"),
         Option("advertise_host", "str", None, "set by the core: host that peers use"),
+        Option("peer_timeout_ms", "int", None, "set by the core: silence of a peer's host that ends a TCP connection"),
     ),
 )

@@ -84,7 +84,11 @@ class Channel:
             sock, bound = sockets.listen(wanted)
             advertise = addresses.advertised(bound, sock.family, config.advertise)
             declared = {option.name for option in spec.options}
-            for key, value in (("bind_host", bound.host), ("advertise_host", advertise.host)):
+            for key, value in (
+                ("bind_host", bound.host),
+                ("advertise_host", advertise.host),
+                ("peer_timeout_ms", str(max(1, int(config.peer_timeout * 1000)))),
+            ):
                 if key in declared:
                     options.setdefault(key, value)
             provider = EngineProvider.load(spec.library_path())

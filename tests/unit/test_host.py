@@ -16,6 +16,7 @@ VALUES = {
     "copy_slice": "1MiB",
     "bind_host": "127.0.0.1",
     "advertise_host": "127.0.0.1",
+    "peer_timeout_ms": 2500,
 }
 
 

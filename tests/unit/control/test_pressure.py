@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import gc
+import os
+import socket
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +96,22 @@ def test_an_on_peer_that_hangs_holds_no_place(open_channel):
         assert isinstance(channel._hub.listener.refusals[-1], kvlink.ConnectTimeout)
     finally:
         go_on.set()
+
+
+def test_data_connections_keep_the_peer_timeout(open_channel):
+    before = set(Path("/proc/self/fd").iterdir())
+    a = open_channel(options={"path": "tcp"}, peer_timeout=7.5)
+    b = open_channel(options={"path": "tcp"}, peer_timeout=7.5)
+    a.connect(b.address, timeout=10)
+    found = []
+    for name in set(Path("/proc/self/fd").iterdir()) - before:
+        with contextlib.suppress(OSError):
+            if not name.readlink().name.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name.name))) as sock:
+                if sock.family == socket.AF_INET and sock.getpeername():
+                    found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    assert len(found) >= 6 and set(found) == {7500}  # the control connection and two streams, both ends
 
 
 def test_memory_is_kept_when_the_engine_cannot_be_closed(open_channel, monkeypatch):
