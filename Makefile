@@ -20,7 +20,7 @@ PYTHON_TREE := src/kvlink adapters/vllm/src adapters/proxy/src tools benchmarks
 CXX_FILES = $(shell git ls-files '*.cc' '*.h')
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help demo test test-full lint bench wheels install native sanitize unit conformance e2e clean
+.PHONY: help demo test test-full lint bench wheels install native sanitize unit conformance conformance-asan e2e clean
 
 help:
 	@echo "make demo       two vLLM engines split one request over kvlink (CHANNEL_PATH=tcp forces TCP)"
@@ -72,7 +72,14 @@ wheels:
 demo: install
 	@$(BIN)/python -m tools.demo --path $(CHANNEL_PATH)
 
+# NIXL is what the engine part compares with; it goes into a folder of its own.
+build/nixl.stamp:
+	@mkdir -p build
+	$(BIN)/pip install --quiet --no-deps --target build/nixl nixl==1.5.1 nixl-cu12==1.5.1
+	@touch $@
+
 bench: install
+	@$(LOCK) $(MAKE) --no-print-directory build/nixl.stamp
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
