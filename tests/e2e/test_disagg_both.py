@@ -33,7 +33,9 @@ class Pair(Stage):
         def spec(name: str, core: str, *arguments: str) -> EngineSpec:
             trace = str(self.folder / f"{name}.jsonl")
             config = kvlink_config("kv_both", kvlink_trace_file=trace, kvlink_secret_file=str(secret))
-            return EngineSpec(name, model, cores=core, prefix_caching=True, transfer=config, args=arguments)
+            return EngineSpec(
+                name, model, cores=core, max_model_len=2048, prefix_caching=True, transfer=config, args=arguments
+            )
 
         self.large = self.start_decoder(spec("large", first))
         self.small = self.start_decoder(spec("small", second, "--num-gpu-blocks-override", str(FEW_BLOCKS)))

@@ -65,7 +65,7 @@ def test_another_dtype_is_named_and_the_request_fails_where_that_is_wanted(trio:
     body = body_of(TOKENS, kv_transfer_params=hand_off(trio.prefill, TOKENS))
     answer = Exchange(trio.dtype.engine, body).read()
     assert answer.status == 500, answer.raw
-    told = r"WARNING.*failed in phase connect.*the request fails.*'dtype'.*bfloat16.*float32"
+    told = r"WARNING.*failed in phase connect.*the request fails.*'dtype' differs: ours is 'bfloat16'.*'float32'"
     assert eventually("a warning", lambda: re.search(told, log.text()), 10)
     assert ask(trio.dtype.engine, TOKENS).ids
     settle(trio.prefill, trio.dtype.engine)

@@ -221,6 +221,7 @@ def compare(ours: messages.Hello, theirs: messages.Hello, peer: str) -> None:
 
 
 def _compare_identities(ours: Mapping[str, str | int], theirs: Mapping[str, str | int], peer: str) -> None:
-    for key in sorted(ours.keys() & theirs.keys()):
-        if ours[key] != theirs[key]:
+    # In the order of our application, which names causes before what follows from them.
+    for key in ours:
+        if key in theirs and ours[key] != theirs[key]:
             raise IdentityMismatch(key, ours[key], theirs[key], peer=peer)
