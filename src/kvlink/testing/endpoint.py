@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Endpoint:
         future = self.start(command, **arguments)
         try:
             return future.result(deadline)
-        except TimeoutError:
+        except FutureTimeout:
             if future.done():
                 raise  # the command's own error, which is a TimeoutError too
         raise ConformanceFailure(f"{self.name}: {command} did not end within {deadline:g} s")

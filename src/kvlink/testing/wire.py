@@ -12,12 +12,14 @@ import threading
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import IO, Any
 
 from .. import errors
 from .suite import ConformanceFailure
 
+_START_SECONDS = 90.0
 _LAST_SECONDS = 20
 """Seconds that an agent without a parent may take to close what it holds."""
 
@@ -143,7 +145,10 @@ class ChildProcess:
 
     def start(self, command: str, arguments: Mapping[str, Any]) -> Future[Any]:
         """Sends a command and returns its pending result."""
-        self._ready.result(60)
+        try:
+            self._ready.result(_START_SECONDS)
+        except FutureTimeout:
+            raise AgentCrashed(f"the agent did not start within {_START_SECONDS:g} s: {self.error_output()}") from None
         future: Future[Any] = Future()
         with self._lock:
             if self._gone:
