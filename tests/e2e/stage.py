@@ -26,10 +26,11 @@ PATIENCE: dict[str, Any] = {
 }
 
 
-def cores() -> tuple[str, str]:
-    """One core for the prefiller (and the reference), another for the decoder, where there are two."""
+def cores(ranks: int = 1) -> tuple[str, str]:
+    """A core a rank for the prefiller (and the reference), and others for the decoder, as far as there are others."""
     usable = sorted(os.sched_getaffinity(0))
-    return str(usable[0]), str(usable[1 % len(usable)])
+    numbers = [str(usable[i % len(usable)]) for i in range(2 * ranks)]
+    return "|".join(numbers[:ranks]), "|".join(numbers[ranks:])
 
 
 class Decoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tools.cluster import Engine, EngineSpec, Proxy, kvlink_config
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 ALONE = [prompt(length) for length in (1, 127, 129, 700, 2500)]
 TOGETHER = [prompt(length, seed=1) for length in (20, 128, 300, 1000)]
-SIZE: dict[str, Any] = {"tensor_parallel": 2, "cores": "|".join(cores())}
+FIRST, SECOND = cores(2)
 
 
 class Pair(Stage):
@@ -34,8 +33,12 @@ class Pair(Stage):
         producer = kvlink_config("kv_producer", kvlink_verify=True, **PATIENCE)
         trace = str(self.folder / "pulls.jsonl")
         consumer = kvlink_config("kv_consumer", path=path, kvlink_verify=True, kvlink_trace_file=trace, **PATIENCE)
-        self.prefill = self.start_engine(EngineSpec("prefill", model, transfer=producer, **SIZE))
-        self.decoder = self.start_decoder(EngineSpec("decode", model, transfer=consumer, **SIZE))
+        self.prefill = self.start_engine(
+            EngineSpec("prefill", model, cores=FIRST, tensor_parallel=2, transfer=producer)
+        )
+        self.decoder = self.start_decoder(
+            EngineSpec("decode", model, cores=SECOND, tensor_parallel=2, transfer=consumer)
+        )
         self.proxy = self.start_proxy(self.prefill, self.decoder.engine)
         self.ready()
 
@@ -44,7 +47,7 @@ class Pair(Stage):
 def expected(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[int, list[int]]:
     """The single engine's answers by length; it is gone before the others start, for they are large."""
     with Stage(tmp_path_factory.mktemp("reference-tp2")) as stage:
-        reference = stage.start_engine(EngineSpec("reference", model, **SIZE))
+        reference = stage.start_engine(EngineSpec("reference", model, cores=FIRST, tensor_parallel=2))
         stage.ready()
         return {len(tokens): ask(reference, tokens).ids for tokens in (*ALONE, *TOGETHER)}
 
