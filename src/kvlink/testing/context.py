@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Context:
         self.folder = Path(self._folder.name)
         self._idle_before = len(bench.idle)
         self._before = resources.usage()
+        self._targets = resources.descriptor_targets()
 
     # ---- what is declared ----
     @cached_property
@@ -382,8 +384,14 @@ class Context:
                 lambda what=what: resources.usage()[what],  # type: ignore[misc]
                 lambda now, limit=limit: now <= limit,  # type: ignore[misc]
                 _SETTLE,
-                lambda now, what=what, limit=limit: f"{now} {what} are open instead of {limit}",  # type: ignore[misc]
+                lambda now, what=what, limit=limit: f"{now} {what} instead of {limit}; new are {self._new(what)}",  # type: ignore[misc]
             )
+
+    def _new(self, what: str) -> str:
+        if what == "threads":
+            return ", ".join(sorted(thread.name for thread in threading.enumerate()))
+        now = resources.descriptor_targets()
+        return ", ".join(sorted(target for number, target in now.items() if self._targets.get(number) != target))
 
 
 def check_error(error: errors.KvlinkError) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,47 @@ def usage() -> dict[str, int]:
         "mappings": Path("/proc/self/maps").read_text(encoding="utf-8").count("\n"),
         "resident_kib": int(fields["VmRSS"].split()[0]),
     }
+
+
+def descriptor_targets() -> dict[str, str]:
+    """Returns what each open descriptor of this process is, by number."""
+    targets = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            targets[entry.name] = str(entry.readlink())
+        except FileNotFoundError:
+            continue
+    return targets
+
+
+class Stalls:
+    """Measures how late a sleeping thread of this process is woken: on a crowded machine nobody can be in time.
+
+    Attributes:
+        seconds: Sum of the delays so far.
+    """
+
+    _STEP = 0.01
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvlink-test-stalls", daemon=True)
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._STEP):
+            now = time.monotonic()
+            self.seconds += max(0.0, now - last - 2 * self._STEP)
+            last = now
+
+    def __enter__(self) -> Stalls:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 def thread_states(pid: int) -> set[str]:
