@@ -27,7 +27,7 @@ from .wire import ChildProcess, fresh_folder
 
 E = TypeVar("E", bound=BaseException)
 
-_SETTLE = 5.0
+_SETTLE = 15.0
 """Seconds that threads and descriptors of closed channels have to go."""
 
 
