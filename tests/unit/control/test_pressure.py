@@ -103,15 +103,20 @@ def test_data_connections_keep_the_peer_timeout(open_channel):
     a = open_channel(options={"path": "tcp"}, peer_timeout=7.5)
     b = open_channel(options={"path": "tcp"}, peer_timeout=7.5)
     a.connect(b.address, timeout=10)
-    found = []
-    for name in set(Path("/proc/self/fd").iterdir()) - before:
-        with contextlib.suppress(OSError):
-            if not name.readlink().name.startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name.name))) as sock:
-                if sock.family == socket.AF_INET and sock.getpeername():
-                    found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
-    assert len(found) >= 6 and set(found) == {7500}  # the control connection and two streams, both ends
+
+    def user_timeouts():
+        found = []
+        for name in set(Path("/proc/self/fd").iterdir()) - before:
+            with contextlib.suppress(OSError):
+                if not name.readlink().name.startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(name.name))) as sock:
+                    if sock.family == socket.AF_INET and sock.getpeername():
+                        found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        return found
+
+    # The control connection and two streams, both ends; an accepted socket is tuned a moment after its accept.
+    eventually(lambda: len(user_timeouts()) >= 6 and set(user_timeouts()) == {7500})
 
 
 def test_memory_is_kept_when_the_engine_cannot_be_closed(open_channel, monkeypatch):
