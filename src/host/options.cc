@@ -9,8 +9,8 @@
 namespace kvlink::host {
 namespace {
 
-constexpr const char *kNames[] = {"path",      "streams",        "threads",  "copy_slice",
-                                  "bind_host", "advertise_host", "tcp_host", "tcp_port", "peer_timeout_ms"};
+constexpr const char *kNames[] = {"path",           "streams",  "threads",  "copy_slice",     "bind_host",
+                                  "advertise_host", "tcp_host", "tcp_port", "peer_timeout_ms"};
 
 size_t edit_distance(const std::string &a, const std::string &b) {
   std::vector<size_t> row(b.size() + 1);
