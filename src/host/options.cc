@@ -1,10 +1,9 @@
 #include "options.h"
 
-#include <algorithm>
-#include <cerrno>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
+#include <iterator>
+
+#include "suggest.h"
 
 namespace kvlink::host {
 namespace {
@@ -12,33 +11,9 @@ namespace {
 constexpr const char *kNames[] = {"path",           "streams",  "threads",  "copy_slice",     "bind_host",
                                   "advertise_host", "tcp_host", "tcp_port", "peer_timeout_ms"};
 
-size_t edit_distance(const std::string &a, const std::string &b) {
-  std::vector<size_t> row(b.size() + 1);
-  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = row[0];
-    row[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t above = row[j];
-      row[j] = std::min({above + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0 : 1)});
-      diagonal = above;
-    }
-  }
-  return row[b.size()];
-}
-
-const char *nearest_name(const std::string &name) {
-  return *std::min_element(std::begin(kNames), std::end(kNames), [&](const char *a, const char *b) {
-    return edit_distance(name, a) < edit_distance(name, b);
-  });
-}
-
 Failure parse_number(const std::string &name, const std::string &value, uint64_t low, uint64_t high, uint64_t *out) {
-  char *end = nullptr;
-  errno = 0;
-  const uint64_t number = std::strtoull(value.c_str(), &end, 10);
-  const bool digits = !value.empty() && value.find_first_not_of("0123456789") == std::string::npos;
-  if (!digits || *end != '\0' || errno != 0 || number < low || number > high) {
+  unsigned long long number = 0;
+  if (!parse_whole(value, low, high, &number)) {
     return make_failure(KVL_INVALID, "engine_open", "option %s is '%.60s'; expected a whole number from %llu to %llu",
                         name.c_str(), value.c_str(), static_cast<unsigned long long>(low),
                         static_cast<unsigned long long>(high));
@@ -97,7 +72,7 @@ Failure parse_option(const std::string &name, const std::string &value, Options 
     options->peer_timeout_ms = static_cast<uint32_t>(number);
   } else {
     failure = make_failure(KVL_INVALID, "engine_open", "unknown option '%.60s'; did you mean '%s'?", name.c_str(),
-                           nearest_name(name));
+                           nearest_name(name, {std::begin(kNames), std::end(kNames)}).c_str());
   }
   return failure;
 }
