@@ -18,17 +18,35 @@ class Context:
     Attributes:
         config: LMCache's ``LMCacheEngineConfig``.
         metadata: LMCache's ``LMCacheMetadata``.
-        max_model_len: Tokens of the longest sequence, 0 where nobody said.
     """
 
     config: Any
     metadata: Any
+
+
+@dataclass
+class Engine:
+    """What vLLM's connector knows and LMCache's metadata does not say.
+
+    Attributes:
+        max_model_len: Tokens of the longest sequence, 0 where nobody said.
+        block_size: Tokens of a block as vLLM's cache manager counts them, 0 where nobody said.
+        cache_dtype: vLLM's ``--kv-cache-dtype``.
+        layout: Describes how tokens stand in memory objects; equal where objects can be exchanged.
+        model_digest: Digest of the model's configuration, "" where nobody said.
+    """
+
     max_model_len: int = 0
+    block_size: int = 0
+    cache_dtype: str = "auto"
+    layout: str = ""
+    model_digest: str = ""
 
 
 _lock = threading.Lock()
 _current: Context | None = None
-_max_model_len = 0
+engine = Engine()
+"""Of this process; the connector fills it before LMCache builds anything."""
 
 
 def enter(config: Any, metadata: Any) -> Context:
@@ -43,7 +61,7 @@ def enter(config: Any, metadata: Any) -> Context:
     """
     global _current
     with _lock:
-        _current = Context(config, metadata, _max_model_len)
+        _current = Context(config, metadata)
         return _current
 
 
@@ -52,12 +70,10 @@ def current() -> Context | None:
     return _current
 
 
-def set_max_model_len(tokens: int) -> None:
-    """Says how long a sequence may become; the connector knows, LMCache's metadata does not.
+def set_layout(layout: str) -> None:
+    """Says how tokens stand in this process's memory objects.
 
     Args:
-        tokens: vLLM's ``max_model_len``.
+        layout: A text that is equal exactly for engines that can exchange objects.
     """
-    global _max_model_len
-    with _lock:
-        _max_model_len = tokens
+    engine.layout = layout

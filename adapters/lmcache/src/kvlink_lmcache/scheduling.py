@@ -1,0 +1,91 @@
+"""Repairs of LMCache's connector on the scheduler's side."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+_MARK = "__kvlink_repaired__"
+
+
+def repair(implementation: Any) -> None:
+    """Wraps the two methods of ``LMCacheConnectorV1Impl``; a second call does nothing.
+
+    Args:
+        implementation: The class.
+    """
+    if getattr(implementation, _MARK, False):
+        return
+    setattr(implementation, _MARK, True)
+    build = implementation.build_connector_meta
+    finish = implementation.request_finished
+
+    @functools.wraps(build)
+    def build_connector_meta(self: Any, scheduler_output: Any) -> Any:
+        meta = build(self, scheduler_output)
+        handed = self.__dict__.setdefault("_kvlink_handed", {})
+        for request_id in scheduler_output.finished_req_ids:
+            handed.pop(request_id, None)
+        meta.requests = [request for request in meta.requests if not only_for_senders(self.config, request)]
+        for request in meta.requests:
+            tell_progress(request, handed)
+        return meta
+
+    @functools.wraps(finish)
+    def request_finished(self: Any, request: Any, block_ids: Any) -> Any:
+        if hasattr(request, "_output_token_ids") and not request._output_token_ids:
+            return finish(self, _WithoutFirstToken(request), block_ids)
+        return finish(self, request, block_ids)
+
+    implementation.build_connector_meta = build_connector_meta
+    implementation.request_finished = request_finished
+
+
+def only_for_senders(config: Any, request: Any) -> bool:
+    """Tells whether a request has nothing to do with LMCache: it is a prefiller's, and names no decoder.
+
+    LMCache would copy its KV into the PD buffer nevertheless; its asynchronous backend then reads the decoder's port
+    from nothing and takes the engine with it.
+
+    Args:
+        config: LMCache's configuration.
+        request: A ``ReqMeta`` of LMCache.
+    """
+    sender = config.enable_pd and config.pd_role == "sender" and not config.local_cpu
+    return bool(sender and request.disagg_spec is None and request.load_spec is None)
+
+
+def tell_progress(request: Any, handed: dict[str, int]) -> None:
+    """Writes into a step's copy of a transfer what earlier steps handed to workers.
+
+    LMCache's worker counts that on its own copy, which came by pickle; the scheduler's stays at 0, and each step of a
+    chunked prefill would send all tokens again. So would a request that was preempted and starts over.
+
+    Args:
+        request: A ``ReqMeta`` of LMCache.
+        handed: Tokens handed to workers so far, by request.
+    """
+    spec, save = request.disagg_spec, request.save_spec
+    if spec is None or save is None:
+        return
+    before = min(max(handed.get(request.req_id, 0), save.skip_leading_tokens), len(request.token_ids))
+    request.disagg_spec = copy.copy(spec)
+    request.disagg_spec.num_transferred_tokens = before
+    request.save_spec = type(save)(before, save.can_save)
+    handed[request.req_id] = max(before, len(request.token_ids))
+
+
+class _WithoutFirstToken:
+    """A request that ended before its first token: without ``ret_first_tok``, for which LMCache would read that token."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+    @property
+    def kv_transfer_params(self) -> Any:
+        params = getattr(self._request, "kv_transfer_params", None)
+        return {key: value for key, value in params.items() if key != "ret_first_tok"} if params else params

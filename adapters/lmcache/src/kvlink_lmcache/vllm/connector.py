@@ -1,0 +1,113 @@
+"""``KVLinkLMCacheConnector``: LMCache's connector with checks before it and without its silent failures."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kvlink_lmcache import context
+from kvlink_lmcache.log import get_logger
+from kvlink_lmcache.vllm import checks, repairs
+
+logger = get_logger()
+
+
+def _base() -> Any:
+    """LMCache's connector class, or LMCache-Ascend's: that one brings the NPU's kernels."""
+    if importlib.util.find_spec("lmcache_ascend") is not None:
+        from lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1 import LMCacheAscendConnectorV1Dynamic
+
+        return LMCacheAscendConnectorV1Dynamic
+    from lmcache.integration.vllm.lmcache_connector_v1 import LMCacheConnectorV1Dynamic
+
+    return LMCacheConnectorV1Dynamic
+
+
+_Base: Any = _base()
+
+
+class StartError(RuntimeError):
+    """LMCache could not start; it would have gone on without moving any KV."""
+
+
+class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
+    """LMCache's connector over kvlink's channels."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+        """Checks the configuration, then starts LMCache.
+
+        Args:
+            vllm_config: vLLM's configuration.
+            role: Scheduler or worker.
+            kv_cache_config: The caches' configuration; vLLM 0.18 does not give it.
+
+        Raises:
+            SettingsError: A key or value that cannot be.
+            UnsupportedFeature: vLLM is set up in a way that LMCache cannot serve.
+            StartError: LMCache did not start.
+        """
+        checks.check_engine(vllm_config, kv_cache_config)
+        repairs.install(vllm_config)
+        _describe(vllm_config)
+        checks.check_lmcache_config(vllm_config)
+        try:
+            super().__init__(vllm_config, role, kv_cache_config)
+        except TypeError:
+            # LMCache-Ascend's takes two arguments, which vLLM >= 0.23 refuses in the base class; see docs/lmcache.md.
+            if _takes_three(_Base):
+                raise
+            super().__init__(vllm_config, role)
+        self._refuse_degraded("start")
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
+        """Looks at the caches before LMCache sizes its buffers by them, then starts LMCache's backends.
+
+        Args:
+            kv_caches: Caches by layer.
+
+        Raises:
+            StartError: LMCache's backends did not start.
+            LayoutError: Caches of an unknown form.
+        """
+        engine = self._lmcache_engine.lmcache_engine
+        connector = getattr(engine, "gpu_connector", None)
+        if hasattr(connector, "bind"):
+            connector.bind(list(kv_caches.values()))
+        super().register_kv_caches(kv_caches)
+        self._refuse_degraded("start its backends")
+
+    def _refuse_degraded(self, what: str) -> None:
+        """LMCache catches what goes wrong at start and computes everything anew for ever; kvlink says so at once."""
+        manager = getattr(self._lmcache_engine, "_manager", None)
+        if getattr(manager, "_init_failed", False):
+            reason = str(manager._init_failed_reason).strip().splitlines()
+            raise StartError(f"LMCache could not {what}: {reason[-1] if reason else 'it gave no reason'}")
+
+
+def _takes_three(base: Any) -> bool:
+    import inspect
+
+    return "kv_cache_config" in inspect.signature(base.__init__).parameters
+
+
+def _describe(vllm_config: Any) -> None:
+    """Leaves for LMCache's side what only vLLM's configuration says."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    context.engine.max_model_len = int(getattr(model, "max_model_len", 0) or 0)
+    context.engine.block_size = int(getattr(cache, "block_size", 0) or 0)
+    context.engine.cache_dtype = str(getattr(cache, "cache_dtype", "auto"))
+    context.engine.model_digest = _model_digest(model)
+
+
+def _model_digest(model: Any) -> str:
+    """Digests the model's configuration without what differs between copies of one model."""
+    try:
+        values = dict(model.hf_config.to_dict())
+    except Exception:
+        return ""
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset"):
+        values.pop(name, None)
+    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
