@@ -26,6 +26,9 @@ struct Settings {
   std::vector<int> physical;       // logic id -> physical id
   std::vector<int> visible;        // user id -> logic id (ASCEND_RT_VISIBLE_DEVICES)
   uint64_t hbm_bytes = 0;          // per device
+  int host = 0;                    // number of this host; part of its device addresses
+  int super_pod = 0;               // A3: the super-pod this host belongs to
+  std::string net;                 // processes with the same CANN_SIM_NET reach each other's NICs
   int max_streams = 1984;          // per device
   int delay_min_us = 20;           // each operation takes a random time in [min, max] on its stream
   int delay_max_us = 200;          //
