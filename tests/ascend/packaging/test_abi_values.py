@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.ascend.packaging.compiling import DECLARATIONS, ROOT, compile_text, environment, run
 
 HEADERS = {
@@ -56,9 +55,7 @@ def assertion(section: str, line: str) -> str:
     elif match := re.fullmatch(r"offset (\S+)\.(\w+) = (\d+) size = (\d+)", line):
         name = scope + renamed(match[1])
         condition = f"offsetof({name}, {match[2]}) == {match[3]} && sizeof({name}::{match[2]}) == {match[4]}"
-    elif match := re.fullmatch(r"enum \S+ (\S+) = (-?\d+)", line):
-        condition = f"static_cast<long long>({scope}{match[1]}) == {match[2]}"
-    elif match := re.fullmatch(r"const (\S+) = (-?\d+)", line):
+    elif match := re.fullmatch(r"(?:enum \S+|const) (\S+) = (-?\d+)", line):
         condition = f"static_cast<long long>({scope}{match[1]}) == {match[2]}"
     else:
         assert line.startswith("symbol "), line

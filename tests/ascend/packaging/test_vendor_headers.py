@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.ascend.packaging.compiling import ROOT, configure, copy_declarations, environment, flat, names_of, run
 
 CACHE = ROOT / "build" / "vendor-headers"
 PROJECT = ROOT / "cmake" / "vendor_headers"
 
-# What each header set lacks of the functions that we call; all others are compared. hccl_one_sided_services.h, which has
-# the one-sided functions, is in no wheel: those rest on abi_values.txt.
+# What each header set lacks of the functions that we call; all others are compared. The header of the one-sided functions
+# is in no wheel: those rest on abi_values.txt.
 ONE_SIDED = {
     "HcclBatchPut", "HcclBatchGet", "HcclCommInitClusterInfoMemConfig", "HcclRegisterGlobalMem",
     "HcclDeregisterGlobalMem", "HcclCommBindMem", "HcclCommUnbindMem", "HcclCommPrepare", "HcclRegisterMem",
