@@ -113,7 +113,9 @@ bool Hello::operator==(const Hello &other) const {
 
 std::string nic_address(const Rank &rank, Link link) {
   if (link == Link::roce) return rank.device_ip;
-  return "vnic-" + rank.server_id + "-" + std::to_string(rank.device_id);
+  // Server ids are free text of up to 64 characters; an address has to stay short.
+  const std::uint64_t server = fnv1a(rank.server_id.data(), rank.server_id.size());
+  return "vnic-" + std::to_string(server) + "-" + std::to_string(rank.device_id);
 }
 
 std::vector<int> nic_ports(const Rank &rank) {

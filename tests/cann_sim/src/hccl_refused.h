@@ -13,11 +13,11 @@ namespace cann_sim::hccl {
 // Thrown inside the library only; guarded() turns it into its code.
 class Refused : public std::exception {
  public:
-  Refused(int number, HcclResult result, std::string text) : rule(number), code(result), text_(std::move(text)) {}
+  Refused(int number, int result, std::string text) : rule(number), code(result), text_(std::move(text)) {}
   const char *what() const noexcept override { return text_.c_str(); }
 
   const int rule;
-  const HcclResult code;
+  const int code;
 
  private:
   std::string text_;
