@@ -35,8 +35,8 @@ struct MemoryRules {
 class Bindings {
  public:
   Bindings() = default;
-  Bindings(Bindings &&) = default;
-  Bindings &operator=(Bindings &&) = default;
+  Bindings(Bindings &&other) noexcept { *this = std::move(other); }
+  Bindings &operator=(Bindings &&other) noexcept;
   ~Bindings();
   const std::vector<std::shared_ptr<Region>> &regions() const { return regions_; }
   uint64_t sequence() const { return sequence_; }  // regions with a higher one came later
@@ -90,8 +90,8 @@ class Memory {
   const std::string owner_;
   RegionTable regions_;
   Quarantine quarantine_;
-  mutable std::mutex mutex_;  // guards what follows; never held across a vendor call
-  std::vector<std::shared_ptr<Region>> bound_candidates_;
+  mutable std::mutex mutex_;                       // guards what follows; never held across a vendor call
+  std::vector<std::shared_ptr<Region>> bindable_;  // registered with the vendor, in order
   std::map<uint64_t, Allocation> allocations_;
   uint64_t sequence_ = 0;
   uint64_t host_bytes_ = 0, device_bytes_ = 0;

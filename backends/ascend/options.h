@@ -41,6 +41,8 @@ class OptionTable {
   std::vector<Item> items_;
 };
 
+constexpr uint64_t kLeastStaging = uint64_t{1} << 20;
+
 // What all three providers take.
 struct CommonOptions {
   uint64_t link = 0;                     // enum LinkOption: auto, roce, hccs
@@ -56,7 +58,7 @@ struct CommonOptions {
 
   LinkOption link_option() const { return static_cast<LinkOption>(link); }
   void declare(OptionTable *table);  // adds them to a provider's table
-  void complete();                   // fills what follows from the others
+  Failure complete();                // after parse: fills what follows from the others and checks the rest
 };
 
 }  // namespace kvlink::ascend

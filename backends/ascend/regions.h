@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "ascend/handles.h"
-#include "ascend/library.h"
+#include "ascend/wire.h"
 
 namespace kvlink::ascend {
 
@@ -54,9 +54,6 @@ static_assert(sizeof(RegionBlob) == 48, "a wire struct has no padding");
 RegionBlob make_region_blob(const Region &region);
 // Checks size, version and every field; the bytes come from the peer.
 Failure parse_region_blob(const void *data, uint64_t length, RegionBlob *blob);
-// The two-call idiom of link_describe and mem_export.
-Failure export_bytes(const void *blob, uint64_t size, void *buffer, uint64_t *length, const char *site);
-
 // A piece of work in addresses, as vendors want it.
 struct Descriptor {
   uint64_t local;

@@ -20,7 +20,7 @@ using host::Deadline;
 // a call that hangs inside the vendor's library keeps it for ever, and everyone else must still give up in time.
 class InitLock {
  public:
-  // TIMEOUT names the call that holds it and for how long.
+  // TIMEOUT names the call that holds it and for how long. `lock` holds nothing before.
   static Failure acquire(const char *call, const Deadline &deadline, InitLock *lock);
   InitLock() = default;
   InitLock(InitLock &&other) noexcept : held_(other.held_) { other.held_ = false; }

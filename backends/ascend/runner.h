@@ -32,6 +32,10 @@ class VendorRunner {
   // became readable first. `name` is the vendor call, for messages.
   Failure run(const char *name, const Deadline &deadline, Call call, Late late = nullptr);
 
+  // The same under the process's InitLock, which is kept until the vendor's function really returns: a call that hangs
+  // makes later ones fail at their own deadline.
+  Failure run_exclusive(const char *name, const Deadline &deadline, Call call, Late late = nullptr);
+
   bool degraded() const;
   // ENGINE_DOWN or OK: which call hangs, for how long.
   Failure health() const;

@@ -50,7 +50,7 @@ Failure query(const AclApi &acl, const Lane &lane, bool *complete);
 Failure drained(const AclApi &acl, const Lane &lane, uint32_t timeout_ms);
 
 // An event on the caller's stream, recorded now: what was enqueued there must be done before the transfer reads or
-// writes. Also for callers whose stream is of another context of the same device.
+// writes. The stream's own context must be current: in submit that is the caller's, so call this before Device::enter.
 Failure record_caller(const AclApi &acl, aclrtStream caller, aclrtEvent *event);
 
 }  // namespace kvlink::ascend
