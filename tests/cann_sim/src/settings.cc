@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 
 namespace cann_sim {
 namespace {
@@ -113,6 +114,7 @@ Settings read() {
   s.hbm_bytes = static_cast<uint64_t>(integer("CANN_SIM_HBM_MIB", 4096, 1, int64_t{1} << 20)) << 20;
   s.host = static_cast<int>(integer("CANN_SIM_HOST", 0, 0, 99));
   s.super_pod = static_cast<int>(integer("CANN_SIM_SUPER_POD", 0, 0, 1 << 20));
+  s.root = text("CANN_SIM_ROOT", "");
   s.net = text("CANN_SIM_NET", "default");
   s.max_streams = static_cast<int>(integer("CANN_SIM_MAX_STREAMS", 1984, 0, 1 << 20));
   s.seed = static_cast<uint64_t>(integer("CANN_SIM_SEED", 1, 0, INT64_MAX));
@@ -160,6 +162,14 @@ int64_t super_device_id(int user_device) {
 }
 
 std::string device_ip(int physical_device) {
+  if (!settings().root.empty()) {
+    const std::string key = "address_" + std::to_string(physical_device) + "=";
+    std::ifstream conf(settings().root + "/etc/hccn.conf");
+    for (std::string line; std::getline(conf, line);) {
+      if (line.rfind(key, 0) == 0) return line.substr(key.size());
+    }
+    return "";
+  }
   return "192.168." + std::to_string(100 + settings().host) + "." + std::to_string(100 + physical_device);
 }
 

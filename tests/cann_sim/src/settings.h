@@ -28,6 +28,7 @@ struct Settings {
   uint64_t hbm_bytes = 0;          // per device
   int host = 0;                    // number of this host; part of its device addresses
   int super_pod = 0;               // A3: the super-pod this host belongs to
+  std::string root;                // sysroot that install.py made; its etc/hccn.conf holds the device addresses
   std::string net;                 // processes with the same CANN_SIM_NET reach each other's NICs
   int max_streams = 1984;          // per device
   int delay_min_us = 20;           // each operation takes a random time in [min, max] on its stream
@@ -53,6 +54,6 @@ SIM_API int device_count();                // user devices
 SIM_API int logic_id(int user_device);     // -1 when there is none
 SIM_API int physical_id(int user_device);  // -1 when there is none
 SIM_API int64_t super_device_id(int user_device);
-SIM_API std::string device_ip(int physical_device);  // what hccn.conf says too
+SIM_API std::string device_ip(int physical_device);  // from hccn.conf; empty when it has none
 
 }  // namespace cann_sim

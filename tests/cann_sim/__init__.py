@@ -1,0 +1,1 @@
+"""The CANN simulator: test equipment, see README.md."""
