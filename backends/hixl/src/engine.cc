@@ -128,15 +128,35 @@ ascend::MemoryRules Engine::memory_rules() const {
 
 Engine::~Engine() {
   staging_.reset();
-  memory_.reset();
-  vendor_memory_.reset();
   if (hixl_ == nullptr) return;
+  if (vendor_memory_ != nullptr) vendor_memory_->finalized();
   // Finalize runs when the last one who may be inside a vendor call lets go; a call that was given up keeps its own hold.
-  auto last = std::make_shared<std::shared_ptr<HixlEngine>>(std::move(hixl_));
-  static_cast<void>(closer_->run("Hixl::Finalize", Deadline{now_ns() + kFinalizeNs, -1}, [last] {
-    last->reset();
-    return Failure{};
-  }));
+  struct Last {
+    std::shared_ptr<HixlEngine> hixl;
+  };
+  auto last = std::make_shared<Last>();
+  last->hixl = std::move(hixl_);
+  const std::weak_ptr<HixlEngine> watched = last->hixl;
+  const Failure failure =
+      closer_->run("Hixl::Finalize", Deadline{now_ns() + kFinalizeNs, -1}, [last] {
+        last->hixl.reset();
+        return Failure{};
+      });
+  last.reset();
+  if (memory_ == nullptr) return;
+  if (!failure.ok() || !watched.expired()) {
+    // The vendor's engine lives on inside a call that hangs, and may still move bytes: its memory stays with it.
+    static_cast<void>(memory_.release());
+    static_cast<void>(vendor_memory_.release());
+    return;
+  }
+  std::vector<uint32_t> left;
+  memory_->regions().each([&left](const std::shared_ptr<ascend::Region> &region) { left.push_back(region->handle); });
+  for (const uint32_t handle : left) static_cast<void>(memory_->close(handle));
+}
+
+void Engine::free_memory(uint64_t address) {
+  if (!vendor_memory_->covers(address)) memory_->free(address);
 }
 
 void Engine::query(kvl_attr *attr) const {

@@ -51,6 +51,8 @@ class Engine {
 
   void query(kvl_attr *attr) const;
   Failure open_memory(uint32_t mem, const kvl_mem_desc &desc);
+  // Memory that a peer still holds bound is given back with the engine, when nothing of the peer's can reach it.
+  void free_memory(uint64_t address);
   Failure poll(kvl_completion *completions, uint32_t *count, uint32_t *more);
   void wait(uint32_t timeout_ms);
   void wake() { loop_.wake(); }

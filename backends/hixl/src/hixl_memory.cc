@@ -29,7 +29,7 @@ Failure HixlMemory::register_memory(uint64_t address, uint64_t length, bool on_d
     return hixl_failure(hixl_->acl(), "Hixl::RegisterMem", code, describe("register", address, length, on_device));
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  handles_.insert(made);
+  handles_[made] = Range{address, length};
   *handle = made;
   return {};
 }
@@ -40,6 +40,7 @@ Failure HixlMemory::deregister_memory(void *handle) {
     const std::lock_guard<std::mutex> lock(mutex_);
     patient = !stuck_;
   }
+  if (hixl_ == nullptr) return {};
   const uint64_t give_up = host::now_ns() + (patient ? kPeersLetGoNs : 0);
   for (;;) {
     const uint32_t code = hixl_->shim().deregister_memory(hixl_->get(), handle);
@@ -63,6 +64,16 @@ Failure HixlMemory::deregister_memory(void *handle) {
   stuck_ = false;
   handles_.erase(handle);
   return {};
+}
+
+void HixlMemory::finalized() { hixl_ = nullptr; }
+
+bool HixlMemory::covers(uint64_t address) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto &item : handles_) {
+    if (address >= item.second.address && address - item.second.address < item.second.length) return true;
+  }
+  return false;
 }
 
 bool HixlMemory::owns(void *handle) const {

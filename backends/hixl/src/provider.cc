@@ -1,9 +1,8 @@
 // The function table of provider.h over Engine and Link. Nothing throws across it.
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 
+#include "ascend/boundary.h"
 #include "engine.h"
 #include "link.h"
 #include "link_blob.h"
@@ -11,38 +10,12 @@
 namespace kvlink::hixl_provider {
 namespace {
 
+using ascend::answered;
+using ascend::guarded;
+using ascend::guarded_void;
+
 Engine *engine_of(kvl_engine *engine) { return reinterpret_cast<Engine *>(engine); }
 Link *link_of(kvl_link *link) { return reinterpret_cast<Link *>(link); }
-
-template <typename Call>
-kvl_status guarded(kvl_error *err, Call call) {
-  try {
-    return call();
-  } catch (const std::bad_alloc &) {
-    return report(Failure{KVL_NO_RESOURCE, 0, "allocate", "out of memory"}, err);
-  } catch (const std::exception &error) {
-    return report(make_failure(KVL_INTERNAL, "hixl", "unexpected: %s", error.what()), err);
-  } catch (...) {
-    return report(Failure{KVL_INTERNAL, 0, "hixl", "unexpected exception"}, err);
-  }
-}
-
-// As guarded, for a call that gives a Failure.
-template <typename Call>
-kvl_status answered(kvl_error *err, Call call) {
-  return guarded(err, [&] {
-    const Failure failure = call();
-    return failure.ok() ? static_cast<kvl_status>(KVL_OK) : report(failure, err);
-  });
-}
-
-template <typename Call>
-void silent(Call call) {
-  static_cast<void>(guarded(nullptr, [&] {
-    call();
-    return static_cast<kvl_status>(KVL_OK);
-  }));
-}
 
 kvl_status probe(kvl_error *err) {
   return answered(err, [] {
@@ -65,7 +38,7 @@ kvl_status engine_open(const kvl_engine_params *params, kvl_engine **engine, kvl
 }
 
 void engine_close(kvl_engine *engine) {
-  silent([&] { delete engine_of(engine); });
+  guarded_void([&] { delete engine_of(engine); });
 }
 
 kvl_status engine_query(kvl_engine *engine, kvl_attr *attr, kvl_error *err) {
@@ -83,7 +56,7 @@ kvl_status mem_alloc(kvl_engine *engine, uint32_t kind, uint64_t length, uint64_
 }
 
 void mem_free(kvl_engine *engine, uint64_t address) {
-  silent([&] { engine_of(engine)->memory().free(address); });
+  guarded_void([&] { engine_of(engine)->free_memory(address); });
 }
 
 kvl_status mem_open(kvl_engine *engine, uint32_t mem, const kvl_mem_desc *desc, kvl_error *err) {
@@ -129,7 +102,7 @@ kvl_status link_connect(kvl_link *link, const void *blob, uint64_t length, uint3
 }
 
 void link_close(kvl_link *link, uint32_t grace_ms) {
-  silent([&] {
+  guarded_void([&] {
     link_of(link)->close(grace_ms);
     delete link_of(link);
   });
@@ -140,7 +113,7 @@ kvl_status rmem_open(kvl_link *link, uint32_t rmem, const void *blob, uint64_t l
 }
 
 void rmem_close(kvl_link *link, uint32_t rmem) {
-  silent([&] { link_of(link)->close_remote(rmem); });
+  guarded_void([&] { link_of(link)->close_remote(rmem); });
 }
 
 kvl_status submit(kvl_link *link, uint32_t operation, const kvl_range *ranges, uint64_t count, uint64_t stream,
@@ -153,17 +126,17 @@ kvl_status poll(kvl_engine *engine, kvl_completion *completions, uint32_t *count
 }
 
 void wait(kvl_engine *engine, uint32_t timeout_ms) {
-  silent([&] { engine_of(engine)->wait(timeout_ms); });
+  guarded_void([&] { engine_of(engine)->wait(timeout_ms); });
 }
 
 void wake(kvl_engine *engine) { engine_of(engine)->wake(); }
 
 void cancel(kvl_link *link, uint64_t tag) {
-  silent([&] { link_of(link)->cancel(tag); });
+  guarded_void([&] { link_of(link)->cancel(tag); });
 }
 
 void link_interrupt(kvl_link *link) {
-  silent([&] { link_of(link)->interrupt(); });
+  guarded_void([&] { link_of(link)->interrupt(); });
 }
 
 kvl_status stats(kvl_engine *engine, kvl_stat *out, uint32_t *count, kvl_error *err) {
