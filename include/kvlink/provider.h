@@ -11,7 +11,7 @@
  *   3. submit calls on one link are serialised by the core; they may overlap poll, wait and calls on other handles.
  *   4. link_connect and rmem_open may block up to their timeout. They run with no core lock held and may overlap
  *      calls on every other handle; on their own link only link_interrupt may overlap link_connect.
- *   5. cancel, link_interrupt and link_check may come from any thread.
+ *   5. cancel, link_interrupt, link_check and link_busy_poll may come from any thread.
  *   6. submit, poll, cancel and wake never block: bounded work, no wait on a peer, a lock held across I/O or a sleep.
  *   7. A provider never calls back, prints, exits, aborts, or installs signal handlers. Nothing throws across this
  *      boundary. After fork() the child must not use any handle; the core checks.
@@ -104,7 +104,8 @@ enum kvl_capability {
   KVL_CAP_INTERRUPT = 128,     /* link_interrupt */
   KVL_CAP_LINK_CHECK = 256,    /* link_check */
   KVL_CAP_STREAM = 512,        /* submit honours the caller's stream */
-  KVL_CAP_STATISTICS = 1024    /* stats */
+  KVL_CAP_STATISTICS = 1024,   /* stats */
+  KVL_CAP_BUSY_POLL = 2048     /* link_busy_poll */
 };
 
 /* Limits and attributes of an open engine; constant for its life. A limit of 0 means none. */
@@ -259,6 +260,11 @@ typedef struct kvl_provider {
   kvl_status (*link_check)(kvl_link *link, kvl_error *err);
   /* [optional: CAP_STATISTICS] Named counters. *count: in room, out filled. */
   kvl_status (*stats)(kvl_engine *engine, kvl_stat *out, uint32_t *count, kvl_error *err);
+  /* [optional: CAP_BUSY_POLL] A thread that waits for a submit of this link lends itself: it watches the link's
+   * connection until a completion is ready for poll, somebody else needs the engine, or budget_us microseconds passed.
+   * Meanwhile the link's events need not end wait, so that no second thread is woken for them; afterwards they do. One
+   * thread a link at a time: others return at once. */
+  void (*link_busy_poll)(kvl_link *link, uint32_t budget_us);
 } kvl_provider;
 
 /* The one exported symbol. Fills `provider` for exactly `abi_version` or returns UNSUPPORTED; the core then tries a

@@ -26,6 +26,7 @@ kvl_status no_mem_copy(kvl_engine *, uint32_t, uint64_t, void *, uint64_t, int32
   return missing(err, "mem_copy");
 }
 void no_cancel(kvl_link *, uint64_t) {}
+void no_link_busy_poll(kvl_link *, uint32_t) {}
 void no_link_interrupt(kvl_link *) {}
 kvl_status no_link_check(kvl_link *, kvl_error *err) { return missing(err, "link_check"); }
 kvl_status no_stats(kvl_engine *, kvl_stat *, uint32_t *, kvl_error *err) { return missing(err, "stats"); }
@@ -68,6 +69,7 @@ void fill_optional(kve_provider &provider) {
   fill(table.link_interrupt, no_link_interrupt, KVL_CAP_INTERRUPT);
   fill(table.link_check, no_link_check, KVL_CAP_LINK_CHECK);
   fill(table.stats, no_stats, KVL_CAP_STATISTICS);
+  fill(table.link_busy_poll, no_link_busy_poll, KVL_CAP_BUSY_POLL);
 }
 
 kvl_status check_table(kve_provider &provider, kvl_error *err) {

@@ -119,6 +119,20 @@ void drained_locked(kve_transfer &transfer) noexcept {
   if (peer.lost && peer.live.empty()) peer.channel->changed.notify_all();
 }
 
+// Lends this thread to the provider for up to `left_ns`; false when the provider has no use for it.
+bool busy_poll(kve_peer &peer, uint64_t left_ns) noexcept {
+  kve_channel &channel = *peer.channel;
+  if (!channel.can(KVL_CAP_BUSY_POLL)) return false;
+  {
+    Lock lock(channel.mutex);
+    if (!enter_locked(peer)) return false;
+  }
+  channel.api->link_busy_poll(peer.link, static_cast<uint32_t>(left_ns / 1000 + 1));
+  Lock lock(channel.mutex);
+  leave_locked(peer);
+  return true;
+}
+
 }  // namespace
 
 void release_uses_locked(kve_channel &channel, std::vector<Ref<Region>> &uses) noexcept {
@@ -269,6 +283,7 @@ bool wait_transfer(kve_transfer &transfer, uint32_t timeout_ms) noexcept {
     const uint64_t now = now_ns();
     if (last == Drive::kMore && now < deadline) continue;
     if (now >= spin_until) break;
+    if (last == Drive::kIdle && busy_poll(*transfer.peer, spin_until - now)) continue;
     for (int i = 0; i < 16 && transfer.done.load(std::memory_order_relaxed) == 0; ++i) cpu_pause();
   }
   if (last == Drive::kMore) wake(channel);  // the engine thread goes on with what is left

@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,14 +23,16 @@ constexpr uint64_t kPollBudgetNs = 300 * 1000;
 constexpr int kEventsPerPoll = 16;
 constexpr uint64_t kHelperBytes = uint64_t{4} << 20;  // jobs from this size on are shared with the copy threads
 constexpr uint32_t kMaxYields = 64;
+constexpr uint64_t kLingerNs = 30 * 1000;
+constexpr long kSoonNs = 30 * 1000;
 constexpr size_t kDiscardBytes = 64 * 1024;
 
-uint32_t helper_threads(uint32_t wanted) {
-  if (wanted > 0) return wanted;
+// Cores that this thread may run on.
+uint32_t allowed_cores() {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 0;
-  return static_cast<uint32_t>(std::min(CPU_COUNT(&allowed), 4) - 1);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  return static_cast<uint32_t>(CPU_COUNT(&allowed));
 }
 
 std::string random_name() {
@@ -60,7 +63,9 @@ Failure Engine::open(const kvl_engine_params &params, std::unique_ptr<Engine> *o
 Failure Engine::start(const kvl_engine_params &params) {
   Failure failure = parse_options(params, &options_);
   if (!failure.ok()) return failure;
-  thread_count_ = helper_threads(options_.threads);
+  const uint32_t cores = allowed_cores();
+  thread_count_ = options_.threads > 0 ? options_.threads : std::min(cores, 4u) - 1;
+  may_spin_ = cores > 1;
   nonce_ = std::make_unique<uint8_t[]>(sizeof ProbeTarget::value);
   if (!random_bytes(nonce_.get(), sizeof ProbeTarget::value)) {
     return errno_failure(KVL_UNAVAILABLE, errno, "getrandom", "no random bytes");
@@ -68,11 +73,14 @@ Failure Engine::start(const kvl_engine_params &params) {
   boot_id_ = read_boot_id();
   epoll_ = UniqueFd(epoll_create1(EPOLL_CLOEXEC));
   wake_fd_ = UniqueFd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!epoll_ || !wake_fd_) return errno_failure(KVL_NO_RESOURCE, errno, "epoll_create1", "no descriptors left");
+  timer_ = UniqueFd(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+  if (!epoll_ || !wake_fd_ || !timer_)
+    return errno_failure(KVL_NO_RESOURCE, errno, "epoll_create1", "no descriptors left");
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.ptr = nullptr;  // wake-ups: wait takes them
-  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_fd_.get(), &event) != 0) {
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_fd_.get(), &event) != 0 ||
+      epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, timer_.get(), &event) != 0) {
     return errno_failure(KVL_NO_RESOURCE, errno, "epoll_ctl", "cannot watch the wake-up descriptor");
   }
   UniqueFd socket;
@@ -102,7 +110,7 @@ void Engine::query(kvl_attr *attr) const {
   attr->struct_size = size;
   attr->connect_mode = KVL_CONNECT_INITIATOR;
   attr->caps = KVL_CAP_PUT | KVL_CAP_GET | KVL_CAP_ACCEPTOR_SUBMIT | KVL_CAP_LATE_MEMORY | KVL_CAP_ALLOCATE |
-               KVL_CAP_CANCEL | KVL_CAP_INTERRUPT | KVL_CAP_LINK_CHECK | KVL_CAP_STATISTICS;
+               KVL_CAP_CANCEL | KVL_CAP_INTERRUPT | KVL_CAP_LINK_CHECK | KVL_CAP_STATISTICS | KVL_CAP_BUSY_POLL;
   attr->memory_kinds = 1u << KVL_MEMORY_HOST;
   attr->alignment = 1;
   attr->memory_alignment = 1;
@@ -177,6 +185,7 @@ void Engine::dispatch_events(uint64_t until_ns) {
     auto *item = static_cast<Watch *>(events[i].data.ptr);
     if (item == nullptr || item->dead) continue;
     item->on_events(events[i].events);
+    active_.store(true, std::memory_order_relaxed);
     if (now_ns() >= until_ns) break;  // level-triggered: the others are reported again
   }
   graveyard_.clear();
@@ -207,22 +216,44 @@ bool Engine::run_memory_jobs(uint64_t until_ns) {
   return work;
 }
 
+// Where something just came, more soon follows: a peer that sends small transfers one by one. Being woken for it takes
+// longer than all the rest of such a transfer, so the first moments are spent looking. Yields, so that nobody else
+// waits for this core.
+int Engine::linger(epoll_event *events, int room) {
+  if (!active_.exchange(false, std::memory_order_relaxed) || !may_spin_) return 0;
+  for (const uint64_t until_ns = now_ns() + kLingerNs; now_ns() < until_ns;) {
+    const int ready = epoll_wait(epoll_.get(), events, room, 0);
+    if (ready != 0) return std::max(ready, 0);
+    sched_yield();
+  }
+  return 0;
+}
+
 void Engine::wait(uint32_t timeout_ms) {
   uint64_t sleep_ms = timeout_ms;
   for (const Listener *listener : {tcp_listener_.get(), local_listener_.get()}) {
     if (listener != nullptr) sleep_ms = std::min<uint64_t>(sleep_ms, listener->next_expiry_ms());
   }
   epoll_event events[8];
-  const int ready = epoll_wait(epoll_.get(), events, 8, static_cast<int>(std::min<uint64_t>(sleep_ms, INT32_MAX)));
+  int ready = linger(events, 8);
+  if (ready == 0)
+    ready = epoll_wait(epoll_.get(), events, 8, static_cast<int>(std::min<uint64_t>(sleep_ms, INT32_MAX)));
   for (int i = 0; i < ready; ++i) {
     uint64_t value;
-    if (events[i].data.ptr == nullptr) static_cast<void>(read(wake_fd_.get(), &value, sizeof value) < 0);
+    if (events[i].data.ptr != nullptr) continue;
+    for (const int fd : {wake_fd_.get(), timer_.get()}) static_cast<void>(read(fd, &value, sizeof value) < 0);
   }
 }
 
 void Engine::wake() {
   const uint64_t one = 1;
   static_cast<void>(write(wake_fd_.get(), &one, sizeof one) < 0);  // full means that it is awake already
+}
+
+void Engine::wake_soon() {
+  itimerspec at{};
+  at.it_value.tv_nsec = kSoonNs;
+  if (timerfd_settime(timer_.get(), 0, &at, nullptr) != 0) wake();
 }
 
 void Engine::request_settling() {
@@ -234,6 +265,16 @@ void Engine::enqueue(Job *job) {
   const std::lock_guard<std::mutex> lock(new_jobs_mutex_);
   new_jobs_.push_back(job);
   has_new_jobs_.store(true);
+}
+
+std::unique_lock<std::mutex> Engine::try_io() {
+  if (io_waiters_.load() > 0) return {};
+  return std::unique_lock<std::mutex>(io_mutex_, std::try_to_lock);
+}
+
+bool Engine::has_completions() {
+  const std::lock_guard<std::mutex> lock(completions_mutex_);
+  return !completions_.empty();
 }
 
 bool Engine::try_progress(Link *link) {

@@ -2,6 +2,8 @@
 #ifndef KVLINK_HOST_ENGINE_H
 #define KVLINK_HOST_ENGINE_H
 
+#include <sys/epoll.h>
+
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -67,12 +69,18 @@ class Engine {
   void poll(kvl_completion *completions, uint32_t *count, uint32_t *more);
   void wait(uint32_t timeout_ms);
   void wake();
+  // Wakes it in a few microseconds. A thread that is woken at once may take the core from the caller, who would return
+  // only when the first part of the work is done.
+  void wake_soon();
   void statistics(kvl_stat *out, uint32_t *count) const;
 
   // The next poll looks for jobs that were cancelled.
   void request_settling();
   // Submits: a new job for poll to pick up.
   void enqueue(Job *job);
+  // The I/O lock if nobody holds or wants it.
+  std::unique_lock<std::mutex> try_io();
+  bool has_completions();
   // For a small TCP job: send now if nobody else does I/O. False when it is left to poll.
   bool try_progress(Link *link);
 
@@ -106,12 +114,14 @@ class Engine {
   Engine();
   Failure start(const kvl_engine_params &params);
   void dispatch_events(uint64_t until_ns);
+  int linger(epoll_event *events, int room);
   // Copies slices until `until_ns`; true when work is left that needs no event.
   bool run_memory_jobs(uint64_t until_ns);
   uint32_t take_completions(kvl_completion *completions, uint32_t room, bool *left);
 
   Options options_;
   uint32_t thread_count_ = 0;
+  bool may_spin_ = false;
   std::string boot_id_, local_name_;
   uint16_t port_ = 0;
   std::unique_ptr<uint8_t[]> nonce_;  // what peers read to try process_vm_readv
@@ -120,7 +130,7 @@ class Engine {
   Workers workers_;
   CopyTuner tuner_;
 
-  UniqueFd epoll_, wake_fd_;
+  UniqueFd epoll_, wake_fd_, timer_;
   std::mutex io_mutex_;
   std::atomic<uint32_t> io_waiters_{0};
   uint32_t yielded_ = 0;
@@ -136,7 +146,7 @@ class Engine {
   std::vector<Job *> new_jobs_;
   std::mutex completions_mutex_;
   std::deque<kvl_completion> completions_;
-  std::atomic<bool> has_new_jobs_{false}, settling_{false};
+  std::atomic<bool> active_{false}, has_new_jobs_{false}, settling_{false};
 };
 
 }  // namespace kvlink::host

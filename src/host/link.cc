@@ -2,6 +2,7 @@
 #include "link.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
@@ -219,6 +220,32 @@ void Link::pump() {
     TcpStream &stream = *streams_[next_stream_++ % streams_.size()];
     if (!stream.wants_write()) stream.send_some();
   }
+}
+
+void Link::busy_poll(uint32_t budget_us) {
+  if (busy_polling_.exchange(true)) return;
+  const uint64_t until_ns = now_ns() + uint64_t{budget_us} * 1000;
+  bool lent = false;
+  do {
+    std::unique_lock<std::mutex> io = engine_.try_io();
+    if (!io || down_.load()) break;
+    bool awaited = false;
+    for (size_t i = 0; i < streams_.size(); ++i) {  // one that breaks takes all of them with it
+      TcpStream &stream = *streams_[i];
+      if (!stream.awaits_answer()) continue;
+      awaited = lent = true;
+      stream.lend(true);
+      stream.on_events(EPOLLIN);
+    }
+    if (!awaited || engine_.has_completions()) break;
+    io.unlock();
+    sched_yield();  // the peer may need this very core
+  } while (now_ns() < until_ns);
+  if (lent) {
+    const Engine::IoLock io(engine_);
+    for (const auto &stream : streams_) stream->lend(false);  // level-triggered: what has come since wakes the engine
+  }
+  busy_polling_.store(false);
 }
 
 Job *Link::next_tcp_job() {

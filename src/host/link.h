@@ -38,6 +38,8 @@ class Link {
   kvl_status submit(uint32_t operation, const kvl_range *ranges, uint64_t count, uint64_t tag, kvl_completion *done,
                     kvl_error *err);
   void cancel(uint64_t tag);
+  // Lends the caller's thread to the streams that owe an answer.
+  void busy_poll(uint32_t budget_us);
   // Copies a claimed slice; failures land in the job.
   void run_slice(Job &job, Slice &slice);
 
@@ -114,6 +116,7 @@ class Link {
   Failure failure_;
   UniqueFd interrupt_fd_;
   bool interrupted_ = false;
+  std::atomic<bool> busy_polling_{false};
   std::atomic<bool> lost_{false}, down_{false};  // lost_: down_ follows at the next poll
 
   // Set before connected_ and constant afterwards.

@@ -183,6 +183,10 @@ kvl_status link_check(kvl_link *link, kvl_error *err) {
   return guarded(err, [&] { return status_of(link_of(link)->check(), err); });
 }
 
+void link_busy_poll(kvl_link *link, uint32_t budget_us) {
+  guarded_void([&] { link_of(link)->busy_poll(budget_us); });
+}
+
 kvl_status stats(kvl_engine *engine, kvl_stat *out, uint32_t *count, kvl_error *err) {
   return guarded(err, [&] {
     engine_of(engine)->statistics(out, count);
@@ -231,6 +235,7 @@ extern "C" __attribute__((visibility("default"))) kvl_status kvl_provider_init(u
   table.link_interrupt = link_interrupt;
   table.link_check = link_check;
   table.stats = stats;
+  table.link_busy_poll = link_busy_poll;
   // A loader that knows fewer slots gets those; this version has none that it could miss.
   const uint32_t room = provider->struct_size;
   const uint32_t filled = room < sizeof table ? room : static_cast<uint32_t>(sizeof table);

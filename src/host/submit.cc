@@ -16,6 +16,8 @@ constexpr uint64_t kInlineRanges = 64;
 constexpr uint64_t kTunedBytes = uint64_t{4} << 20;
 // Small enough to send from the caller's thread.
 constexpr uint64_t kDirectBytes = 64 * 1024;
+// So long to send that its first microseconds do not count.
+constexpr uint64_t kLongBytes = uint64_t{1} << 20;
 
 }  // namespace
 
@@ -86,7 +88,11 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
   }
   engine_.stats().queued_submits.fetch_add(1, std::memory_order_relaxed);
   submitting.unlock();
-  if (plan.memory || plan.bytes > kDirectBytes || !engine_.try_progress(this)) engine_.wake();
+  if (!plan.memory && plan.bytes >= kLongBytes) {
+    engine_.wake_soon();
+  } else if (plan.memory || plan.bytes > kDirectBytes || !engine_.try_progress(this)) {
+    engine_.wake();
+  }
   return KVL_OK;
 }
 

@@ -156,7 +156,15 @@ bool TcpStream::flush() {
 void TcpStream::want_write(bool wanted) {
   if (wanted == want_write_) return;
   want_write_ = wanted;
-  engine_.rewatch(this, EPOLLIN | (wanted ? EPOLLOUT : 0u));
+  watch_again();
 }
+
+void TcpStream::lend(bool lent) {
+  if (lent == lent_) return;
+  lent_ = lent;
+  watch_again();
+}
+
+void TcpStream::watch_again() { engine_.rewatch(this, (lent_ ? 0u : EPOLLIN) | (want_write_ ? EPOLLOUT : 0u)); }
 
 }  // namespace kvlink::host

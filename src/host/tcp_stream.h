@@ -28,6 +28,9 @@ class TcpStream : public Watch {
   bool serves(uint32_t mem) const;
   uint32_t index() const { return index_; }
   bool wants_write() const { return want_write_; }
+  bool awaits_answer() const { return !requests_.empty(); }
+  // While somebody polls this stream by hand its arrivals wake nobody.
+  void lend(bool lent);
 
  private:
   enum class Receiving { kHeader, kTable, kPayload };
@@ -54,6 +57,7 @@ class TcpStream : public Watch {
   void set_out(const void *head, size_t head_length, const iovec *payload, size_t count);
   bool flush();
   void want_write(bool wanted);
+  void watch_again();
 
   // tcp_receive.cc
   void receive();
@@ -85,6 +89,7 @@ class TcpStream : public Watch {
   uint64_t next_id_ = 1;
   bool request_turn_ = false;
   bool want_write_ = false;
+  bool lent_ = false;
 
   // Receiving.
   std::unique_ptr<char[]> staging_;

@@ -25,6 +25,7 @@ class Capability(IntFlag):
     LINK_CHECK = 256
     STREAM = 512
     STATISTICS = 1024
+    BUSY_POLL = 2048
 
 
 @dataclass(frozen=True)

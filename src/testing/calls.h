@@ -37,6 +37,7 @@ void Wake(kvl_engine *handle);
 void Cancel(kvl_link *handle, uint64_t tag);
 void LinkInterrupt(kvl_link *handle);
 kvl_status LinkCheck(kvl_link *handle, kvl_error *err);
+void LinkBusyPoll(kvl_link *handle, uint32_t budget_us);
 kvl_status Stats(kvl_engine *handle, kvl_stat *out, uint32_t *count, kvl_error *err);
 
 // The wrapped provider's table.

@@ -51,6 +51,7 @@ void FillTable(const Inner &inner, kvl_provider *table) {
   if (inner.Has(&kvl_provider::link_interrupt)) table->link_interrupt = LinkInterrupt;
   if (inner.Has(&kvl_provider::link_check)) table->link_check = LinkCheck;
   if (inner.Has(&kvl_provider::stats)) table->stats = Stats;
+  if (inner.Has(&kvl_provider::link_busy_poll)) table->link_busy_poll = LinkBusyPoll;
 }
 
 }  // namespace

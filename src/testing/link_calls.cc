@@ -153,4 +153,11 @@ kvl_status LinkCheck(kvl_link *handle, kvl_error *err) {
   });
 }
 
+void LinkBusyPoll(kvl_link *handle, uint32_t budget_us) {
+  HookLink *const link = Of(handle);
+  link->engine->ledger.LinkUse("link_busy_poll", link);
+  if ((link->engine->settings.mask & KVL_CAP_BUSY_POLL) != 0) return;
+  P().link_busy_poll(link->inner, budget_us);
+}
+
 }  // namespace kvlink_hook

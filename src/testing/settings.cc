@@ -16,7 +16,7 @@ constexpr const char *kStatusNames[] = {
     "NO_RESOURCE", "DENIED", "TIMEOUT", "CANCELLED", "INTERNAL", "REMOTE", "LINK_DOWN",   "ENGINE_DOWN"};
 constexpr const char *kCapabilityNames[] = {"PUT",        "GET",    "ACCEPTOR_SUBMIT", "LATE_MEMORY",
                                             "ALLOCATE",   "COPY",   "CANCEL",          "INTERRUPT",
-                                            "LINK_CHECK", "STREAM", "STATISTICS"};
+                                            "LINK_CHECK", "STREAM", "STATISTICS",      "BUSY_POLL"};
 constexpr const char *kFaultFunctions[] = {"probe",        "engine_open", "engine_query", "mem_alloc", "mem_open",
                                            "mem_close",    "mem_export",  "mem_copy",     "link_open", "link_describe",
                                            "link_connect", "rmem_open",   "submit",       "poll",      "cancel",

@@ -128,7 +128,7 @@ def test_claims_are_held_against_what_passed() -> None:
     assert verdict.status == "failed"
     assert "GET" in verdict.reason
     everything = {"PUT", "GET", "ACCEPTOR_SUBMIT", "LATE_MEMORY", "ALLOCATE", "COPY", "CANCEL"}
-    assert everything | {"INTERRUPT", "LINK_CHECK", "STREAM", "STATISTICS"} == provable(all_cases())
+    assert everything | {"INTERRUPT", "LINK_CHECK", "STREAM", "STATISTICS", "BUSY_POLL"} == provable(all_cases())
 
 
 RESULTS = [

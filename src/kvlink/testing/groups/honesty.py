@@ -164,7 +164,7 @@ def _raw_link(context: Context) -> Iterator[tuple[RemoteEndpoint, EnginePeer, by
                 "raw_acceptor",
                 path=spec.library_path(),
                 options=options,
-                device=settings.device,
+                device=settings.device_of(1),
                 session=session.hex(),
                 key=key.hex(),
                 blob=base64.b64encode(peer.describe()).decode(),
@@ -192,6 +192,32 @@ def link_check(context: Context) -> None:
 
         lost = resources.until(look, bool, 10.0, lambda _: "link_check still says OK for a dead process")
         check(lost is not None and str(lost), "the reason is missing")
+
+
+@case("honesty", "BUSY_POLL hands the link back", needs=Capability.BUSY_POLL, timeout=60)
+def busy_poll(context: Context) -> None:
+    """A caller that waits takes the link's events for a while; what nobody waits for completes all the same."""
+    rounds = 200 if context.full else 60
+    pair = context.pair(two_processes=True)
+    pair.a.wait_region(pair.ab, "b")
+    blocks = [(0, 0, context.align(4096))]
+    operation = any_operation(context)
+
+    def both(count: int) -> None:
+        for _ in range(count):
+            pair.a.transfer(operation, pair.ab, "a", "b", blocks)
+            pair.a.submit(operation, pair.ab, "a", "b", blocks)
+
+    both(rounds)
+    stream = pair.a.stream(operation, pair.ab, "a", "b", blocks)  # others wait on the same link
+    both(rounds)
+    ended = pair.a.stream_end(stream, timeout=30, stop=True)
+    check(not ended["errors"], f"transfers beside it failed: {ended['errors']}")
+
+    def left() -> int:
+        return int(pair.a.statistics()["in_flight"])
+
+    resources.until(left, lambda count: count == 0, 10.0, lambda count: f"{count} transfers never completed")
 
 
 @case("honesty", "INTERRUPT ends a connect", needs=Capability.INTERRUPT, timeout=60)

@@ -24,6 +24,7 @@ _SLOTS = {
     Capability.INTERRUPT: ("link_interrupt",),
     Capability.LINK_CHECK: ("link_check",),
     Capability.STATISTICS: ("stats",),
+    Capability.BUSY_POLL: ("link_busy_poll",),
 }
 
 
