@@ -137,7 +137,7 @@ class PagedConnector(GPUConnectorInterface):  # type: ignore[misc]
                 self._mover = Mover(pieces, form=self._form)
                 self.kvcaches = list(caches)
                 self._fit(self._mover.token_bytes)
-                context.set_layout(f"{self._form}/{self._mover.describe()}")
+                context.set_layout(self._mover.describe())
                 logger.info(
                     "KV mover: %d layers, %d bytes a token, blocks of %d tokens, objects hold %s",
                     len(caches), self._mover.token_bytes, self._mover.block_size, self._form,

@@ -164,9 +164,8 @@ def build_pieces(caches: Sequence[Any], geometry: Geometry, packing: Packing | N
 
 def _member(layer: int, tensor: torch.Tensor, position: int, geometry: Geometry) -> Piece:
     """One of several tensors of a layer (Ascend): [blocks, tokens, ...], K first unless it is a latent cache."""
-    heads_first = geometry.layout in _HEADS_FIRST and tensor.dim() == 4 and tensor.shape[2] == geometry.block_size
-    if heads_first and tensor.shape[1] != geometry.block_size:
-        tensor = tensor.transpose(1, 2)
+    if tensor.dim() == 4 and not geometry.mla:
+        tensor = _tokens_second(tensor, geometry.kv_heads, geometry.layout in _HEADS_FIRST)
     if tensor.dim() < 3:
         raise LayoutError(f"layer {layer}, tensor {position}: shape {tuple(tensor.shape)}; expected [blocks, tokens, ...]")
     kind = V if position == 1 and not geometry.mla else K

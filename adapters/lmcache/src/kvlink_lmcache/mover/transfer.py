@@ -112,7 +112,8 @@ class Mover:
             inner = (piece.tokens, place) if self.form == "blocks" else (plane.kind, plane.width)
             digest.update(repr((number, str(piece.blocks.dtype), inner)).encode())
             digest.update(kept if self.form == "blocks" else b"")
-        return f"{self.token_bytes} bytes a token, blocks of {self.block_size} #{digest.hexdigest()}"
+        blocks = f", blocks of {self.block_size}" if self.form == "blocks" else ""
+        return f"{self.form}: {self.token_bytes} bytes a token{blocks} #{digest.hexdigest()}"
 
     def load(self, memory: torch.Tensor, slots: Sequence[int]) -> None:
         """Copies tokens from the cache into an object.
