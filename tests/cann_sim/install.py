@@ -1,7 +1,8 @@
 """Lays out a folder like a host with CANN on it, around the simulated libraries.
 
 The folder is a sysroot: it has ``usr/local/Ascend`` (toolkit and driver), ``etc/hccn.conf`` and
-``etc/ascend_install.info``. kvlink finds the toolkit by ``ASCEND_HOME_PATH`` and the rest through ``KVLINK_ASCEND_SYSROOT``.
+``etc/ascend_install.info``. kvlink finds the toolkit by ``ASCEND_HOME_PATH`` and the rest through
+``KVLINK_ASCEND_SYSROOT``.
 """
 
 from __future__ import annotations

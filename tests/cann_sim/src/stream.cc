@@ -67,10 +67,11 @@ void run_item(Lock &lock, Stream &stream, Item &item) {
     case Item::kOperation: {
       if (stopped) break;
       const int64_t delay = next_delay(stream);
+      ++all_streams().begun;
       lock.unlock();
       const int code = run_operation(stream, item.operation, aborts, delay);
+      log_event("ran", "\"op\":" + json_quote(item.operation.name) + ",\"code\":" + std::to_string(code));
       item.operation = Operation();  // what it holds is let go before anyone sees the stream idle
-      log_event("ran", "\"code\":" + std::to_string(code));
       lock.lock();
       if (code != 0 && stream.error == 0) stream.error = code;
       break;
@@ -155,6 +156,11 @@ void end_worker(Lock &lock, const StreamPtr &stream) {
 Streams &all_streams() {
   static Streams *const kStreams = new Streams;
   return *kStreams;
+}
+
+int64_t operations_begun() {
+  Lock lock(all_streams().mutex);
+  return all_streams().begun;
 }
 
 int Running::retry_window() { return wait_ms(settings().retry_window_ms) ? kRtLinkError : kRtStreamAbort; }

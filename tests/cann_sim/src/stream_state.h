@@ -59,8 +59,11 @@ struct Streams {
   std::map<Context *, StreamPtr> defaults;
   std::map<int, int> per_device;
   uint64_t created = 0;
+  int64_t begun = 0;  // operations that any stream ever began
 };
 Streams &all_streams();
+
+int64_t operations_begun();
 
 // With the mutex held.
 int push(const StreamPtr &stream, Item item);

@@ -8,6 +8,7 @@
 #include "log.h"
 #include "memory.h"
 #include "refused.h"
+#include "stream_state.h"
 
 extern "C" {
 
@@ -25,6 +26,9 @@ SIM_API const char *cann_sim_live_json(void) {
 }
 
 SIM_API int64_t cann_sim_violations(void) { return cann_sim::violations(); }
+
+// Operations that streams have begun so far, finished or not.
+SIM_API int64_t cann_sim_begun(void) { return cann_sim::operations_begun(); }
 
 SIM_API int cann_sim_poke(void *device, const void *bytes, size_t length) {
   const uint64_t hidden = cann_sim::hidden_address(reinterpret_cast<uint64_t>(device), length);
