@@ -24,7 +24,7 @@ from .control import messages as m
 from .control.addresses import Address
 from .control.handshake import Local
 from .control.hub import Hub, Limits
-from .errors import ClosedError, ConfigError, KvlinkError, StateError, UnsupportedError
+from .errors import ClosedError, ConfigError, KvlinkError, UnsupportedError
 from .peer import Peer
 from .region import Region, allocated_view
 from .statistics import ChannelStatistics
@@ -191,6 +191,9 @@ class Channel:
     def register(self, memory: object, *, name: str, access: str = "rw") -> Region:
         """Register memory and publish it to all peers, now and later. Nothing is copied.
 
+        A provider without the capability LATE_MEMORY serves it on later connections only: a transfer that names it on
+        one that was there before fails and says to reconnect.
+
         Args:
             memory: A torch tensor or storage, a NumPy array, a buffer, or ``(pointer, nbytes, device)``; contiguous.
                 kvlink keeps a reference until the region is closed; behind a bare pointer the caller does.
@@ -202,20 +205,20 @@ class Channel:
 
         Raises:
             ConfigError: Memory that cannot be registered, a name that is taken, or a wrong ``access``.
-            StateError: This provider registers memory only before it is connected.
             ClosedError: The channel is closed.
             ForkedError: Called in a child process.
         """
         self._check("register")
         return self._publish(lambda: describe(memory, access=access), name, access)
 
-    def allocate(self, nbytes: int, *, name: str, access: str = "rw") -> Region:
+    def allocate(self, nbytes: int, *, name: str, access: str = "rw", device: str | None = None) -> Region:
         """Allocate zeroed memory that this provider moves fastest, and register it.
 
         Args:
             nbytes: Its size.
             name: As for ``register``.
             access: As for ``register``.
+            device: "cpu" for (pinned) host memory, or the channel's own device, which is the default.
 
         Returns:
             The region; ``Region.buffer()`` is the memory.
@@ -223,7 +226,6 @@ class Channel:
         Raises:
             UnsupportedError: The provider allocates no memory; use ``register``.
             ConfigError: A wrong size, name or ``access``.
-            StateError: This provider registers memory only before it is connected.
             KvlinkError: It ran out.
             ClosedError: The channel is closed.
             ForkedError: Called in a child process.
@@ -233,12 +235,17 @@ class Channel:
             raise UnsupportedError(f"channel {self.name!r} does not allocate memory", hint="register() your own")
         if nbytes <= 0:
             raise ConfigError(f"nbytes is {nbytes}; it must be positive", operation="allocate")
-        kind_name, index = parse_device(self.device)
+        where = self.device if device is None else device
+        kind_name, index = parse_device(where)
+        if kind_name != "cpu" and (kind_name, index) != parse_device(self.device):
+            raise ConfigError(
+                f"device is {device!r}; this channel allocates on 'cpu' and {self.device!r}", operation="allocate"
+            )
         kind = HOST if kind_name == "cpu" else DEVICE
 
         def make() -> MemoryView:
             address = self._engine.mem_alloc(kind, nbytes)
-            return allocated_view(self._engine, address, nbytes, kind, index, self.device)
+            return allocated_view(self._engine, address, nbytes, kind, index, where)
 
         return self._publish(make, name, access)
 
@@ -246,12 +253,6 @@ class Channel:
         bits = parse_access(access)
         if not isinstance(name, str) or not 0 < len(name) <= m.MAX_NAME:
             raise ConfigError(f"a region's name has 1 to {m.MAX_NAME} characters", operation="register")
-        if Capability.LATE_MEMORY not in self.capabilities and self._hub.peers:
-            raise StateError(
-                f"channel {self.name!r} registers memory only before it is connected",
-                operation="register",
-                hint="register before connect, or close the peers and reconnect",
-            )
         with self._lock:
             if name in self._regions or name in self._reserved:
                 raise ConfigError(f"this channel has a region named {name!r} already", operation="register")
