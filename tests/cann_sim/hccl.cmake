@@ -11,7 +11,8 @@ cann_sim_objects(cann_sim_hcomm
   src/hccl_listener.cc
   src/hccl_memory.cc
   src/hccl_prepare.cc
-  src/hccl_ranktable.cc)
+  src/hccl_ranktable.cc
+  src/hccl_socket.cc)
 cann_sim_objects(cann_sim_collectives src/hccl_collectives.cc)
 
 cann_sim_library(hcomm cann_sim_hcomm hcomm.txt 8.5.0 9.0 9.1 devlib)
