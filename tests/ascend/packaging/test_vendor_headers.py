@@ -21,7 +21,7 @@ from tests.ascend.packaging.compiling import ROOT, configure, copy_declarations,
 CACHE = ROOT / "build" / "vendor-headers"
 PROJECT = ROOT / "cmake" / "vendor_headers"
 
-# What each header set lacks of the functions that we call; all others are compared. The header of the one-sided functions
+# What each header set lacks of the functions that we call; all others are compared. The one-sided functions' header
 # is in no wheel: those rest on abi_values.txt.
 ONE_SIDED = {
     "HcclBatchPut", "HcclBatchGet", "HcclCommInitClusterInfoMemConfig", "HcclRegisterGlobalMem",

@@ -55,6 +55,13 @@ kvl_error make_error() {
   return err;
 }
 
+bool have_cma() { return std::getenv("KVLINK_TEST_WITHOUT_CMA") == nullptr; }
+
+std::vector<const char *> host_paths() {
+  if (have_cma()) return {"shm", "cma", "tcp"};
+  return {"shm", "tcp"};
+}
+
 void Pipe::send(const Bytes &message) {
   order_with_poll();
   const uint64_t length = message.size();

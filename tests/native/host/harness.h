@@ -44,6 +44,11 @@ using Options = std::vector<std::pair<std::string, std::string>>;
 const kvl_provider &provider();
 kvl_error make_error();
 
+// False under an emulator that lacks process_vm_readv (KVLINK_TEST_WITHOUT_CMA is set there, by hand).
+bool have_cma();
+// The host provider's paths that can be tested here: shm, tcp, and cma where there is one.
+std::vector<const char *> host_paths();
+
 // Messages between the two processes of a test; an end of file or a minute of silence fails the test.
 class Pipe {
  public:

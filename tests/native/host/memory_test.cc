@@ -162,6 +162,6 @@ void links(const char *path) {
 int main() {
   registration();
   sharing();
-  for (const char *path : {"shm", "cma", "tcp"}) links(path);
+  for (const char *path : host_paths()) links(path);
   return finish("memory");
 }
