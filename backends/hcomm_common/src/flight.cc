@@ -1,0 +1,340 @@
+// Transfers: accepted by submit, issued and watched by poll.
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+
+#include "ascend/wire.h"
+#include "link.h"
+
+namespace kvlink::hcomm {
+namespace {
+
+using ascend::Descriptor;
+using ascend::HcclOneSideOpDesc;
+using ascend::Lane;
+
+// How long an event may be incomplete before the stream itself is asked: behind a failed operation some events never
+// complete.
+constexpr uint64_t kLookNs = 100 * 1000 * 1000;
+constexpr uint32_t kDrainMs = 100;  // a sync of a stream whose event is complete
+constexpr uint32_t kProbeMs = 1;
+
+HcclOneSideOpDesc descriptor_of(const Descriptor &piece) {
+  return {reinterpret_cast<void *>(piece.local), reinterpret_cast<void *>(piece.remote), piece.length,
+          ascend::HCCL_DATA_TYPE_UINT8};
+}
+
+}  // namespace
+
+// ---- any thread
+
+Failure Link::check_submit(uint32_t operation, const kvl_range *ranges, uint64_t count, ascend::RangePlan *plan) const {
+  if (operation != KVL_PUT && operation != KVL_GET) {
+    return make_failure(KVL_INVALID, "submit", "operation %u is neither put (0) nor get (1)", operation);
+  }
+  const Failure failure = ascend::plan_ranges(engine_->memory().regions(), remotes_, operation, ranges, count, plan);
+  if (!failure.ok()) return failure;
+  if (plan->newest_local > self_.sequence || plan->newest_remote > peer_.sequence) {
+    return make_failure(KVL_STATE, "submit",
+                        "%s region was registered after this link was made, and HCCL exchanges memory only then: close "
+                        "the peer and reconnect",
+                        plan->newest_local > self_.sequence ? "a local" : "the peer's");
+  }
+  if (plan->host_memory && !plan->staged && type_ == ascend::LinkType::kHccs &&
+      engine_->vendor()->device->soc() == ascend::SocFamily::kA2) {
+    return make_failure(KVL_UNSUPPORTED, "submit",
+                        "the link is HCCS, which moves device memory to device memory on this SoC: set "
+                        "HCCL_INTRA_ROCE_ENABLE=1 on both sides, or option host_staging");
+  }
+  return {};
+}
+
+kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t count, uint64_t stream, uint64_t tag,
+                        kvl_completion *done, kvl_error *err) {
+  ascend::RangePlan plan;
+  Failure failure = check_submit(operation, ranges, count, &plan);
+  if (!failure.ok()) return report(failure, err);
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    if (!up_) {
+      return report(failure_.ok() ? make_failure(KVL_STATE, "submit", "the link is not connected") : failure_, err);
+    }
+    if (live_.size() >= engine_->options().max_in_flight) {
+      return report(make_failure(KVL_AGAIN, "submit", "%zu transfers of this link are under way", live_.size()), err);
+    }
+  }
+  if (plan.bytes == 0) {
+    std::memset(done, 0, sizeof *done);
+    done->tag = tag;
+    done->path = static_cast<uint32_t>(type_);
+    return KVL_DONE;
+  }
+  auto job = std::make_shared<Job>();
+  job->tag = tag;
+  job->put = operation == KVL_PUT;
+  job->bytes = plan.bytes;
+  job->cursor = ascend::RangeCursor(ranges, count);
+  if (stream != 0) {
+    const auto guard = engine_->vendor()->device->enter();
+    failure = guard.failure();
+    if (failure.ok()) {
+      failure = ascend::record_caller(engine_->vendor()->acl(), reinterpret_cast<void *>(stream), &job->after);
+    }
+    if (!failure.ok()) return report(failure, err);
+  }
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    if (live_.count(tag) != 0) failure = make_failure(KVL_INVALID, "submit", "tag %" PRIu64 " is in use", tag);
+    if (!up_) failure = failure_;
+    if (failure.ok()) {
+      live_.emplace(tag, job.get());
+      engine_->work().fetch_add(1);
+      queue_.push_back(std::move(job));
+    }
+  }
+  if (!failure.ok()) {
+    if (job->after != nullptr) {
+      const auto guard = engine_->vendor()->device->enter();
+      static_cast<void>(engine_->vendor()->acl().aclrtDestroyEvent(job->after));
+    }
+    return report(failure, err);
+  }
+  engine_->stats().submits.fetch_add(1, std::memory_order_relaxed);
+  engine_->loop().wake();
+  return KVL_OK;
+}
+
+void Link::cancel(uint64_t tag) {
+  std::shared_ptr<Job> dropped;
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    const auto found = live_.find(tag);
+    if (found == live_.end()) return;
+    found->second->cancelled.store(true);
+    const auto queued = std::find_if(queue_.begin(), queue_.end(), [tag](const auto &job) { return job->tag == tag; });
+    if (queued != queue_.end()) {
+      dropped = std::move(*queued);
+      queue_.erase(queued);
+    }
+  }
+  if (dropped != nullptr) {
+    finish(*dropped, make_failure(KVL_CANCELLED, "cancel", "cancelled before it began"));
+  }
+  engine_->loop().wake();
+}
+
+void Link::fail_queued(const Failure &failure) {
+  std::deque<std::shared_ptr<Job>> dropped;
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    dropped.swap(queue_);
+  }
+  for (const std::shared_ptr<Job> &job : dropped) finish(*job, failure);
+}
+
+// From any thread: nothing of the job is on a stream any more.
+void Link::finish(Job &job, const Failure &failure) {
+  if (job.after != nullptr) {
+    const auto guard = engine_->vendor()->device->enter();
+    static_cast<void>(engine_->vendor()->acl().aclrtDestroyEvent(job.after));
+    job.after = nullptr;
+  }
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    if (live_.erase(job.tag) == 0) return;  // the link's close has reported it already
+  }
+  Statistics &stats = engine_->stats();
+  if (failure.ok()) (job.put ? stats.put_bytes : stats.get_bytes).fetch_add(job.bytes, std::memory_order_relaxed);
+  if (failure.status == KVL_CANCELLED) stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+  engine_->completions().push(job.tag, static_cast<uint32_t>(type_), failure.ok() ? job.bytes : 0, failure);
+  engine_->work().fetch_sub(1);
+  engine_->loop().wake();
+}
+
+Failure Link::reason() {
+  const std::lock_guard<std::mutex> lock(queue_mutex_);
+  return failure_;
+}
+
+// ---- the engine's thread, I/O lock held
+
+bool Link::progress(uint64_t until_ns) {
+  bool more = false;
+  for (size_t i = 0; i < flights_.size();) {
+    const Step step = advance(flights_[i], until_ns);
+    more |= step == Step::kBusy;
+    if (step != Step::kDone) {
+      ++i;
+      continue;
+    }
+    flights_[i] = std::move(flights_.back());
+    flights_.pop_back();
+    engine_->loop().note_progress();
+  }
+  more |= start_jobs(until_ns);
+  if (idle()) idle_changed_.notify_all();
+  return more;
+}
+
+std::shared_ptr<Job> Link::take_job() {
+  const std::lock_guard<std::mutex> lock(queue_mutex_);
+  if (!up_ || queue_.empty()) return nullptr;
+  std::shared_ptr<Job> job = std::move(queue_.front());
+  queue_.pop_front();
+  return job;
+}
+
+bool Link::start_jobs(uint64_t until_ns) {
+  bool more = false;
+  while (flights_.size() < engine_->options().streams) {
+    Flight flight;
+    flight.job = take_job();
+    if (flight.job == nullptr) return more;
+    const Failure failure = engine_->lanes().acquire(&flight.lane);
+    if (!failure.ok()) {
+      if (failure.status != KVL_AGAIN && flights_.empty() && stopping_ == 0) {
+        finish(*flight.job, failure);
+        continue;
+      }
+      const std::lock_guard<std::mutex> lock(queue_mutex_);  // another transfer's end frees one
+      queue_.push_front(std::move(flight.job));
+      return more;
+    }
+    connection_->lane_in();
+    flights_.push_back(std::move(flight));
+    const Step step = advance(flights_.back(), until_ns);
+    more |= step == Step::kBusy;
+    if (step == Step::kDone) flights_.pop_back();
+  }
+  return more;
+}
+
+Link::Step Link::advance(Flight &flight, uint64_t until_ns) {
+  return flight.recorded ? look(flight) : issue_rest(flight, until_ns);
+}
+
+uint32_t Link::next_batch(Job &job, HcclOneSideOpDesc *batch) {
+  uint32_t count = 0;
+  uint64_t gone = UINT64_MAX;
+  ascend::RegionTable::Reader locals(engine_->memory().regions());
+  ascend::RemoteTable::Reader remotes(remotes_);
+  job.cursor.next(
+      locals, remotes, engine_->max_batch(), [&](const Descriptor &piece) { batch[count++] = descriptor_of(piece); },
+      &gone);
+  if (gone != UINT64_MAX) {  // the core promised that this cannot happen
+    job.failure =
+        make_failure(KVL_INTERNAL, "submit", "a region of range %" PRIu64 " was closed under its transfer", gone);
+  }
+  return count;
+}
+
+Failure Link::issue_batch(Flight &flight) {
+  Job &job = *flight.job;
+  HcclOneSideOpDesc *batch = engine_->batch();
+  const uint32_t count = next_batch(job, batch);
+  if (count == 0) return {};
+  const ascend::HcclApi &hccl = engine_->vendor()->hccl;
+  flight.issued = true;
+  const int code = (job.put ? hccl.HcclBatchPut : hccl.HcclBatchGet)(connection_->comm(), connection_->peer_rank(),
+                                                                     batch, count, flight.lane.stream);
+  Statistics &stats = engine_->stats();
+  stats.batches.fetch_add(1, std::memory_order_relaxed);
+  stats.descriptors.fetch_add(count, std::memory_order_relaxed);
+  return hccl_result(*engine_->vendor(), job.put ? "HcclBatchPut" : "HcclBatchGet", code,
+                     job.put ? "cannot write to the peer" : "cannot read from the peer");
+}
+
+Link::Step Link::issue_rest(Flight &flight, uint64_t until_ns) {
+  Job &job = *flight.job;
+  const ascend::AclApi &acl = engine_->vendor()->acl();
+  Failure failure;
+  if (!flight.issued && job.after != nullptr) {
+    const int code = acl.aclrtStreamWaitEvent(flight.lane.stream, job.after);
+    if (code != ascend::ACL_SUCCESS) {
+      failure = ascend::vendor_failure(&acl, ascend::Vendor::kAcl, "aclrtStreamWaitEvent", code,
+                                       "cannot wait for the caller's stream");
+    }
+    flight.issued = true;
+  }
+  while (failure.ok() && job.failure.ok() && !job.cursor.done()) {
+    if (halted_.load()) {
+      job.failure = reason();
+    } else if (job.cancelled.load()) {
+      job.failure = make_failure(KVL_CANCELLED, "cancel", "cancelled before all of it was issued");
+    } else {
+      failure = issue_batch(flight);
+      if (failure.ok() && host::now_ns() >= until_ns && !job.cursor.done()) return Step::kBusy;
+    }
+  }
+  if (failure.ok()) failure = ascend::record(acl, flight.lane);
+  if (!failure.ok()) {
+    // What was issued before is on its way; of a refused batch, the descriptors before the refused one.
+    stop_flight(std::move(flight), failure);
+    return Step::kDone;
+  }
+  flight.recorded = true;
+  flight.look_ns = host::now_ns() + kLookNs;
+  return Step::kWaiting;
+}
+
+// Complete is not yet success: a failed stream completes its events too. So the drained stream is synchronised, and the
+// communicator asked.
+Link::Step Link::look(Flight &flight) {
+  const ascend::AclApi &acl = engine_->vendor()->acl();
+  bool complete = false;
+  Failure failure = ascend::query(acl, flight.lane, &complete);
+  if (failure.ok() && !complete) {
+    const uint64_t now = host::now_ns();
+    if (now < flight.look_ns) return Step::kWaiting;
+    flight.look_ns = now + kLookNs;
+    failure = ascend::drained(acl, flight.lane, kProbeMs);
+    if (failure.ok() || failure.code == ascend::ACL_ERROR_RT_STREAM_SYNC_TIMEOUT) return Step::kWaiting;
+  } else if (failure.ok()) {
+    failure = ascend::drained(acl, flight.lane, kDrainMs);
+  }
+  if (failure.ok() && engine_->vendor()->hccl.HcclGetCommAsyncError != nullptr) {
+    ascend::HcclResult error = ascend::HCCL_SUCCESS;
+    const int code = engine_->vendor()->hccl.HcclGetCommAsyncError(connection_->comm(), &error);
+    failure = hccl_result(*engine_->vendor(), "HcclGetCommAsyncError", code != 0 ? code : error,
+                          "the communicator reports an error");
+  }
+  if (!failure.ok()) {
+    stop_flight(std::move(flight), failure);
+    return Step::kDone;
+  }
+  engine_->lanes().release(flight.lane);
+  finish(*flight.job, flight.job->failure);
+  connection_->lane_out();
+  return Step::kDone;
+}
+
+void Link::lose(const Failure &failure) {
+  {
+    const std::lock_guard<std::mutex> lock(queue_mutex_);
+    if (!up_) return;
+    up_ = false;
+    failure_ = failure;
+  }
+  halted_.store(true);
+  engine_->stats().stream_failures.fetch_add(1, std::memory_order_relaxed);
+  fail_queued(failure);
+}
+
+void Link::stop_flight(Flight flight, const Failure &failure) {
+  Failure reason = failure;
+  reason.status = KVL_LINK_DOWN;  // stream and communicator are of no more use
+  lose(reason);
+  ++stopping_;
+  auto self = shared_from_this();
+  engine_->spawn([self, connection = connection_, job = std::move(flight.job), lane = flight.lane, reason] {
+    // A stream that cannot be destroyed may still move bytes: its job stays, and keeps the communicator's memory.
+    if (!self->engine_->lanes().discard(lane).ok()) return;
+    const auto io = self->engine_->loop().lock();
+    --self->stopping_;
+    self->finish(*job, reason);
+    connection->lane_out();
+    self->idle_changed_.notify_all();
+  });
+}
+
+}  // namespace kvlink::hcomm
