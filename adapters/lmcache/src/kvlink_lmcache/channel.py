@@ -233,12 +233,31 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
         self.endpoint.close()
 
 
-def create_transfer_channel(channel_type: str, **arguments: Any) -> KVLinkChannel:
-    """LMCache's ``CreateTransferChannel`` for kvlink's names; the same keywords.
+def create_transfer_channel(
+    channel_type: str,
+    async_mode: bool,
+    role: str,
+    buffer_ptr: int,
+    buffer_size: int,
+    align_bytes: int,
+    tp_rank: int,
+    peer_init_url: str | None,
+    device: str | None = None,
+    **extra: Any,
+) -> KVLinkChannel:
+    """LMCache's ``CreateTransferChannel`` for kvlink's names; the same arguments.
 
     Args:
         channel_type: A provider's name, or "auto".
-        arguments: As LMCache passes them.
+        async_mode: See :class:`KVLinkChannel`, also for the others.
+        role: "sender", "receiver" or "both".
+        buffer_ptr: Where the buffer starts.
+        buffer_size: Its bytes.
+        align_bytes: Bytes of a page.
+        tp_rank: This rank.
+        peer_init_url: "host:port" to listen on, or None.
+        device: LMCache's device of the buffer.
+        extra: Further keywords of LMCache.
 
     Returns:
         The channel.
@@ -246,7 +265,18 @@ def create_transfer_channel(channel_type: str, **arguments: Any) -> KVLinkChanne
     Raises:
         ConfigError: See :class:`KVLinkChannel`.
     """
-    return KVLinkChannel(channel_type=channel_type, **arguments)
+    return KVLinkChannel(
+        channel_type=channel_type,
+        async_mode=async_mode,
+        role=role,
+        buffer_ptr=buffer_ptr,
+        buffer_size=buffer_size,
+        align_bytes=align_bytes,
+        tp_rank=tp_rank,
+        peer_init_url=peer_init_url,
+        device=device,
+        **extra,
+    )
 
 
 async def settled(transfer: kvlink.Transfer) -> None:

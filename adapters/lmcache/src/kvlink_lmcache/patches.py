@@ -100,6 +100,31 @@ def create_storage_backends(module: ModuleType) -> None:
     _replace(module, "CreateStorageBackends", create, original, ("lmcache.v1.storage_backend.storage_manager",))
 
 
+def engine_store(module: ModuleType) -> None:
+    """Has ``LMCacheEngine.store`` tell kvlink's PD backend when it is through.
+
+    Why: where it gets no page for a chunk it stores fewer, or returns without a word to the backend, and the request's
+    hand-off would wait for the rest. Goes away: when LMCache reports an incomplete store to the backend.
+    """
+    engine = versions.require(module, "LMCacheEngine", ())
+    original = versions.require(module, "LMCacheEngine.store", ("self", "tokens"))
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def store(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from kvlink_lmcache import pd
+
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            backends = getattr(self.storage_manager, "storage_backends", {})
+            pd.after_store(backends.get("PDBackend"), kwargs.get("transfer_spec"))
+
+    setattr(store, _MARK, original)
+    engine.store = store
+
+
 def connector_meta(module: ModuleType) -> None:
     """Repairs ``LMCacheConnectorV1Impl`` on the scheduler's side.
 
@@ -119,6 +144,7 @@ PATCHES: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
     ("lmcache.v1.gpu_connector", create_gpu_connector),
     ("lmcache.v1.transfer_channel", create_transfer_channel),
     ("lmcache.v1.storage_backend", create_storage_backends),
+    ("lmcache.v1.cache_engine", engine_store),
     ("lmcache.integration.vllm.vllm_v1_adapter", connector_meta),
 )
 """Module and function, in no particular order."""

@@ -157,8 +157,3 @@ def channel_config(
 def kvlink_device(device: str | None) -> str:
     """Converts LMCache's corrected device ("cpu", "npu:1") to kvlink's."""
     return device or "cpu"
-
-
-def region_device(device: str) -> str:
-    """Returns "cpu" or "gpu", LMCache's two kinds of allocators, for a device."""
-    return "cpu" if device.split(":")[0] == "cpu" else "gpu"
