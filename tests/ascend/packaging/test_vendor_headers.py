@@ -169,3 +169,33 @@ def test_a_reserved_sentinel_may_move(tmp_path: Path) -> None:
     path.write_text(replace("ACL_STREAM_STATUS_RESERVED = 0xFFFF", "ACL_STREAM_STATUS_RESERVED = 2")(path.read_text()))
     _, status, output = compare("2.13.0", tmp_path / "build", declarations)
     assert status == 0, output
+
+
+def toolkit_with_headers(version: str, root: Path) -> Path:
+    """A toolkit's folder with the headers of a wheel where a toolkit has its own."""
+    include, acl, hccl = headers(version)
+    (root / "include").mkdir(parents=True)
+    for name, target in (("acl", acl / "acl"), ("hccl", hccl / "hccl"), ("third_party", include / "third_party")):
+        (root / "include" / name).symlink_to(target)
+    info = root / "share" / "info" / "runtime"
+    info.mkdir(parents=True)
+    (info / "version.info").write_text("Version=8.5.0\n")
+    return root
+
+
+def test_where_a_toolkit_has_headers_the_build_compares(tmp_path: Path) -> None:
+    toolkit = toolkit_with_headers("2.9.0", tmp_path / "cann")
+    env = environment({"ASCEND_HOME_PATH": str(toolkit)})
+    result = configure(ROOT, tmp_path / "build", env=env)
+    assert result.returncode == 0, result.stdout
+    assert names_of(result.stdout, "not declared there:") == UNDECLARED["2.9.0"]
+    command = ["cmake", "--build", str(tmp_path / "build"), "--target", "kvlink_vendor_headers"]
+    assert run(command).returncode == 0
+
+    declarations = copy_declarations(tmp_path)
+    path = declarations / "ascend" / "acl_functions.inc"
+    path.write_text(replace("aclrtSetDevice, (int32_t)", "aclrtSetDevice, (int64_t)")(path.read_text()))
+    configure(ROOT, tmp_path / "build", f"KVLINK_DECLARATIONS={declarations}", env=env)
+    refused = run(command)
+    assert refused.returncode != 0
+    assert "aclrtSetDevice differs from the vendor's declaration" in flat(refused.stdout)
