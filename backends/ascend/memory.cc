@@ -8,6 +8,8 @@
 namespace kvlink::ascend {
 namespace {
 
+constexpr uint64_t kHostPage = 4096;
+
 const char *kind_name(bool on_device) { return on_device ? "device" : "host"; }
 
 }  // namespace
@@ -99,6 +101,14 @@ Failure Memory::check(const kvl_mem_desc &desc) const {
   if (on_device != (found == PointerKind::kDevice)) {
     return make_failure(KVL_INVALID, "mem_open", "%#" PRIx64 " is %s memory; it was registered as %s memory",
                         desc.address, kind_name(found == PointerKind::kDevice), kind_name(on_device));
+  }
+  // The vendor maps host memory through aclrtHostRegister, which takes whole pages; it would say so at the connect.
+  if (!on_device && !rules_.stage_host && desc.address % kHostPage != 0) {
+    return make_failure(KVL_UNSUPPORTED, "mem_open",
+                        "host memory at %#" PRIx64
+                        " does not start at a multiple of 4096 bytes, which aclrtHostRegister needs: use "
+                        "Channel.allocate(device=\"cpu\"), align the buffer, or use option host_staging",
+                        desc.address);
   }
   if (on_device && rules_.hccs_alignment && desc.address % kHugePage != 0) {
     return make_failure(KVL_INVALID, "mem_open",
