@@ -38,8 +38,12 @@ void EventLoop::rewatch(Watch *item, uint32_t events) {
   static_cast<void>(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, item->fd.get(), &event));
 }
 
+void EventLoop::unwatch(Watch *item) {
+  static_cast<void>(epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, item->fd.get(), nullptr));
+}
+
 void EventLoop::bury(std::unique_ptr<Watch> item) {
-  if (item->fd) static_cast<void>(epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, item->fd.get(), nullptr));
+  if (item->fd) unwatch(item.get());
   item->fd.reset();
   item->dead = true;
   graveyard_.push_back(std::move(item));

@@ -40,6 +40,7 @@ class EventLoop {
   // With the I/O lock held:
   Failure watch(Watch *item, uint32_t events);
   void rewatch(Watch *item, uint32_t events);
+  void unwatch(Watch *item);
   void bury(std::unique_ptr<Watch> item);  // out of the loop; destroyed when no event can name it any more
   void dispatch(uint64_t until_ns);        // handles what is ready
 

@@ -50,7 +50,7 @@ Failure plan_ranges(const RegionTable &regions, const RemoteTable &remotes, uint
     if (local == nullptr || local->handle != range.mem) {
       local = locals.find(range.mem);
       if (local != nullptr) {
-        plan->staged |= local->staged;
+        plan->staged_local |= local->staged;
         plan->host_memory |= local->kind == KVL_MEMORY_HOST;
         plan->newest_local = std::max(plan->newest_local, local->sequence);
       }
@@ -58,7 +58,7 @@ Failure plan_ranges(const RegionTable &regions, const RemoteTable &remotes, uint
     if (remote == nullptr || remote->handle != range.rmem) {
       remote = others.find(range.rmem);
       if (remote != nullptr) {
-        plan->staged |= remote->staged;
+        plan->staged_remote |= remote->staged;
         plan->newest_remote = std::max(plan->newest_remote, remote->sequence);
         if ((remote->access & needed) == 0) {
           return make_failure(KVL_DENIED, "submit", "range %" PRIu64 ": the peer's region %#x gives access %u, not %u",
@@ -74,6 +74,7 @@ Failure plan_ranges(const RegionTable &regions, const RemoteTable &remotes, uint
                           ", length %" PRIu64,
                           i, range.mem, range.rmem, range.local_offset, range.remote_offset, range.length);
     }
+    plan->staged = plan->staged_local || plan->staged_remote;
     plan->bytes += range.length;
     plan->pieces += range.length != 0 ? 1 : 0;
   }

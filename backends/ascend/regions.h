@@ -64,10 +64,12 @@ struct Descriptor {
 // What submit finds out about its ranges in one pass, without allocating.
 struct RangePlan {
   uint64_t bytes = 0;
-  uint64_t pieces = 0;        // ranges that are not empty
-  bool staged = false;        // some range touches a staged region
-  bool host_memory = false;   // some local side is host memory
-  uint64_t newest_local = 0;  // highest sequence among the regions used
+  uint64_t pieces = 0;         // ranges that are not empty
+  bool staged = false;         // some range touches a staged region: one of the next two
+  bool staged_local = false;   // some local side is staged
+  bool staged_remote = false;  // some remote side is staged
+  bool host_memory = false;    // some local side is host memory
+  uint64_t newest_local = 0;   // highest sequence among the regions used
   uint64_t newest_remote = 0;
 };
 
