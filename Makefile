@@ -13,18 +13,21 @@ JOBS ?= $(shell nproc)
 CHANNEL_PATH ?= auto
 LOCK := flock .setup.lock
 
-NATIVE_SOURCES := CMakeLists.txt $(shell find include src/engine src/host src/testing src/limits tests/native -type f 2>/dev/null)
+NATIVE_SOURCES := CMakeLists.txt $(shell find cmake include src/engine src/host src/testing src/limits tests/native -type f 2>/dev/null)
+BACKENDS := hccl hcomm_onesided hixl
+BACKEND_SOURCES := $(shell find cmake backends include src/host -type f 2>/dev/null)
 CORE_SOURCES := pyproject.toml $(NATIVE_SOURCES) $(shell find src/kvlink -name '*.py')
 ADAPTER_SOURCES := $(shell find adapters -name '*.py' -o -name pyproject.toml)
 PYTHON_TREE := src/kvlink adapters/vllm/src adapters/proxy/src tools benchmarks
 CXX_FILES = $(shell git ls-files '*.cc' '*.h')
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help demo test test-full lint bench wheels install native sanitize unit conformance conformance-asan e2e clean
+.PHONY: help demo test test-full lint bench wheels install native sanitize aarch64 unit conformance conformance-asan \
+  ascend e2e clean
 
 help:
 	@echo "make demo       two vLLM engines split one request over kvlink (CHANNEL_PATH=tcp forces TCP)"
-	@echo "make test       lint, native tests, unit tests, conformance, end-to-end runs"
+	@echo "make test       lint, native tests (x86-64 and aarch64), unit tests, conformance, Ascend, end-to-end runs"
 	@echo "make test-full  every combination"
 	@echo "make lint       ruff, mypy --strict, clang-format"
 	@echo "make bench      the figures of docs/performance.md"
@@ -49,6 +52,16 @@ $(VENV)/engine.stamp: $(VENV)/dev.stamp requirements/cpu-engine.txt requirements
 dist/core.stamp: $(VENV)/dev.stamp $(CORE_SOURCES)
 	@mkdir -p dist && rm -f dist/kvlink-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist -C build-dir=build/wheel .
+	$(BIN)/python -m tools.wheel_tag dist/kvlink-*.whl
+	@touch $@
+
+# Wheels are for other machines: what CANN this one may have does not matter to them.
+dist/backends.stamp: $(VENV)/dev.stamp $(BACKEND_SOURCES)
+	@mkdir -p dist && rm -f $(BACKENDS:%=dist/kvlink_%-*.whl)
+	@for name in $(BACKENDS); do \
+	  $(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist -C build-dir=build/wheel-$$name \
+	    -C cmake.define.KVLINK_CANN=none ./backends/$$name || exit 1; done
+	$(BIN)/python -m tools.wheel_tag $(BACKENDS:%=dist/kvlink_%-*.whl)
 	@touch $@
 
 dist/adapters.stamp: $(VENV)/dev.stamp $(ADAPTER_SOURCES)
@@ -56,8 +69,9 @@ dist/adapters.stamp: $(VENV)/dev.stamp $(ADAPTER_SOURCES)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist ./adapters/vllm ./adapters/proxy
 	@touch $@
 
-$(VENV)/kvlink.stamp: $(VENV)/engine.stamp dist/core.stamp dist/adapters.stamp
-	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/kvlink-*.whl dist/kvlink_vllm-*.whl dist/kvlink_proxy-*.whl
+$(VENV)/kvlink.stamp: $(VENV)/engine.stamp dist/core.stamp dist/backends.stamp dist/adapters.stamp
+	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/kvlink-*.whl $(BACKENDS:%=dist/kvlink_%-*.whl) \
+	  dist/kvlink_vllm-*.whl dist/kvlink_proxy-*.whl
 	@touch $@
 
 # One process sets up at a time; the second finds the work done.
@@ -65,7 +79,7 @@ install:
 	@$(LOCK) $(MAKE) --no-print-directory $(VENV)/kvlink.stamp
 
 wheels:
-	@$(LOCK) $(MAKE) --no-print-directory dist/core.stamp dist/adapters.stamp
+	@$(LOCK) $(MAKE) --no-print-directory dist/core.stamp dist/backends.stamp dist/adapters.stamp
 	@ls -l dist/*.whl
 
 # ---- what people run -------------------------------------------------------------------------------------------------
@@ -83,10 +97,10 @@ bench: install
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-test: lint native sanitize unit conformance e2e
+test: lint native sanitize aarch64 unit conformance ascend e2e
 
-test-full: lint native sanitize
-	@$(MAKE) --no-print-directory unit conformance e2e FULL=1
+test-full: lint native sanitize aarch64
+	@$(MAKE) --no-print-directory unit conformance ascend e2e FULL=1
 	@$(MAKE) --no-print-directory conformance-asan
 
 lint: install
@@ -97,19 +111,43 @@ lint: install
 	MYPYPATH=src:adapters/proxy/src $(BIN)/mypy --strict adapters/proxy/src/kvlink_proxy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-# native-tests(folder, sanitizer): configure, build and run the C++ tests.
-define native-tests
-	cmake -S . -B build/$(1) -DKVLINK_TESTS=ON -DKVLINK_SANITIZE=$(2) > build-$(1).log 2>&1 || { cat build-$(1).log; exit 1; }
+# native-build(folder, settings): configure and build with the C++ tests and all Ascend providers.
+define native-build
+	cmake -S . -B build/$(1) -DKVLINK_TESTS=ON -DKVLINK_BACKENDS=all -DKVLINK_CANN=none $(2) > build-$(1).log 2>&1 \
+	  || { cat build-$(1).log; exit 1; }
 	cmake --build build/$(1) -j $(JOBS) >> build-$(1).log 2>&1 || { tail -50 build-$(1).log; exit 1; }
+endef
+
+# native-tests(folder, settings): the same, and run the C++ tests.
+define native-tests
+	$(call native-build,$(1),$(2))
 	cd build/$(1) && ctest --output-on-failure --timeout 300 --no-tests=error
 endef
 
 native:
-	$(call native-tests,native,)
+	$(call native-tests,native)
 
 sanitize:
-	$(call native-tests,address,address)
-	$(call native-tests,thread,thread)
+	$(call native-tests,address,-DKVLINK_SANITIZE=address)
+	$(call native-tests,thread,-DKVLINK_SANITIZE=thread)
+
+# debian(program, packages): installs Debian packages when a program is missing and we may, else says what to type.
+define debian
+	@command -v $(1) >/dev/null || test $$(id -u) != 0 || test -n "$(NO_APT)" || ! command -v apt-get >/dev/null \
+	  || { echo "Installing $(2)..."; { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+	    --no-install-recommends -o DPkg::Lock::Timeout=300 $(2); } > build-apt.log 2>&1 || tail -5 build-apt.log; }
+	@command -v $(1) >/dev/null || { echo "$(1) is missing; type: apt-get install $(2)"; exit 1; }
+endef
+
+# Most NPU servers are aarch64. The programs run under qemu-user, with pages of 4 KiB and of 64 KiB; there is no
+# process_vm_readv in it, so the host provider's cma path is left out.
+aarch64:
+	$(call debian,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
+	$(call debian,qemu-aarch64,qemu-user)
+	$(call native-build,aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake)
+	@set -e; cd build/aarch64; for bytes in 4096 65536; do echo "aarch64, pages of $$bytes bytes"; \
+	  QEMU_PAGESIZE=$$bytes QEMU_LD_PREFIX=/usr/aarch64-linux-gnu KVLINK_TEST_EMULATOR=qemu-aarch64 \
+	  KVLINK_TEST_WITHOUT_CMA=1 ctest -j $(JOBS) --output-on-failure --timeout 300 --no-tests=error -E '\.cma$$'; done
 
 SLOW := $(if $(FULL),,-m "not slow")
 
@@ -122,6 +160,10 @@ conformance: install
 conformance-asan: install sanitize
 	KVLINK_NATIVE_DIR=build/address/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) --timeout 1200 tests/conformance
+
+# The Ascend providers on the simulator of CANN, and how they are built.
+ascend: install native sanitize
+	$(PYTEST) $(SLOW) --timeout 900 tests/cann_sim tests/ascend
 
 e2e: install
 	$(PYTEST) $(SLOW) --timeout 1200 tests/e2e
