@@ -12,7 +12,7 @@ RULES: list[dict[str, object]] = json.loads((HERE / "rules.json").read_text())
 NAME = re.compile(r"test_rule_(\d\d)_\w+$")
 
 
-def tests_by_rule() -> dict[int, list[str]]:
+def rules_with_tests() -> dict[int, list[str]]:
     """The test functions of this folder by the rule in their name. Skipped and empty ones do not count."""
     found: dict[int, list[str]] = {}
     for path in sorted(HERE.glob("test_*.py")):
@@ -34,14 +34,14 @@ def test_the_rules_are_numbered_1_to_33() -> None:
 
 
 def test_every_rule_has_a_test() -> None:
-    tests = tests_by_rule()
+    tests = rules_with_tests()
     missing = [rule["number"] for rule in RULES if rule["number"] not in tests]
     assert not missing, f"rules without a test named test_rule_NN_...: {missing}"
 
 
 def test_every_test_has_a_rule() -> None:
     known = {rule["number"] for rule in RULES}
-    unknown = {number: names for number, names in tests_by_rule().items() if number not in known}
+    unknown = {number: names for number, names in rules_with_tests().items() if number not in known}
     assert not unknown, unknown
 
 
@@ -52,5 +52,5 @@ def test_the_files_that_enforce_a_rule_exist() -> None:
 
 def test_a_rule_without_a_test_is_noticed() -> None:
     # The check above must be able to fail: rule 34 does not exist, so nothing may claim it.
-    assert 34 not in tests_by_rule()
-    assert tests_by_rule()[10], "rule 10 has tests"
+    assert 34 not in rules_with_tests()
+    assert rules_with_tests()[10], "rule 10 has tests"

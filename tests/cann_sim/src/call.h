@@ -98,6 +98,7 @@ struct Fault {
   int64_t value = 0;  // code or milliseconds
 };
 SIM_API Fault fault_at(const std::string &point);
+SIM_API bool faults_active();  // false: fault_at has nothing to say, and nobody needs to make its argument
 // Blocks as the fault kHang says: until its time passed or cann_sim_release() was called.
 SIM_API void hang(const Fault &fault);
 

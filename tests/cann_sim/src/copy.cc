@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <set>
+#include <thread>
 
 #include "arena.h"
 #include "call.h"
@@ -75,6 +77,7 @@ Dropped &dropped() {
 bool peer_dropped(int32_t pid) {
   Dropped &d = dropped();
   const Fault fault = fault_at("peer");
+  if (fault.kind == Fault::kDelay) std::this_thread::sleep_for(std::chrono::milliseconds(fault.value));
   std::lock_guard<std::mutex> lock(d.mutex);
   if (fault.kind == Fault::kDrop) d.pids.insert(pid);
   return d.pids.count(pid) != 0;

@@ -139,10 +139,14 @@ void release_hangs() {
   f.released.notify_all();
 }
 
-Fault fault_at(const std::string &point) {
+bool faults_active() {
   load_environment();
+  return faults().any.load(std::memory_order_relaxed);
+}
+
+Fault fault_at(const std::string &point) {
+  if (!faults_active()) return {};
   Faults &f = faults();
-  if (!f.any.load(std::memory_order_relaxed)) return {};
   Fault fault;
   bool crash = false;
   {

@@ -49,8 +49,12 @@ class Worker : public Running {
 int run_operation(Stream &stream, Operation &operation, uint64_t aborts, int64_t delay_us) {
   Worker worker(stream, aborts);
   std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
-  for (const std::string &point : {"op." + operation.name, std::string("op")}) {
-    const Fault fault = fault_at(point);
+  const Fault faults[] = {fault_at("op." + operation.name), fault_at("op")};
+  {
+    Lock lock(all_streams().mutex);
+    ++all_streams().begun;  // its faults are counted: the next operation gets the next number
+  }
+  for (const Fault &fault : faults) {
     if (fault.kind == Fault::kFail) return static_cast<int>(fault.value);
     if (fault.kind == Fault::kDelay) std::this_thread::sleep_for(std::chrono::milliseconds(fault.value));
     if (fault.kind == Fault::kHang && !worker.wait_ms(fault.value == INT64_MAX ? -1 : fault.value)) {
@@ -67,7 +71,6 @@ void run_item(Lock &lock, Stream &stream, Item &item) {
     case Item::kOperation: {
       if (stopped) break;
       const int64_t delay = next_delay(stream);
-      ++all_streams().begun;
       lock.unlock();
       const int code = run_operation(stream, item.operation, aborts, delay);
       log_event("ran", "\"op\":" + json_quote(item.operation.name) + ",\"code\":" + std::to_string(code));
