@@ -10,7 +10,7 @@ from .._engine_types import Attributes, Capability
 from ..config import validate_options
 from ..registry import find
 from . import hook
-from .endpoint import LocalEndpoint
+from .endpoint import Endpoint, LocalEndpoint, RemoteEndpoint
 from .suite import Settings, check
 from .wire import ChildProcess
 
@@ -22,7 +22,7 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.idle: list[ChildProcess] = []
+        self._idle: dict[str, list[ChildProcess]] = {}  # by device: a vendor's library may serve one a process
         self._kinds: tuple[str, ...] | None = None
 
     @cached_property
@@ -47,22 +47,29 @@ class Bench:
             self._kinds = tuple(found)
         return self._kinds
 
-    def take(self) -> ChildProcess:
-        """Returns a child with nothing open."""
-        child = self.idle.pop() if self.idle else ChildProcess(_AGENT)
-        if not self.idle:
-            self.idle.append(ChildProcess(_AGENT))  # starts while the case works, for the next one
+    @property
+    def idle_count(self) -> int:
+        """Children that wait for work."""
+        return sum(map(len, self._idle.values()))
+
+    def take(self, device: str) -> ChildProcess:
+        """Returns a child with nothing open, which has used no other device."""
+        idle = self._idle.setdefault(device, [])
+        child = idle.pop() if idle else ChildProcess(_AGENT)
+        if not idle:
+            idle.append(ChildProcess(_AGENT))  # starts while the case works, for the next one
         return child
 
-    def give(self, child: ChildProcess) -> None:
+    def give(self, child: ChildProcess, device: str) -> None:
         """Takes a child back after its agent was reset."""
-        self.idle.append(child)
+        self._idle[device].append(child)
 
     def close(self) -> None:
         """Ends all."""
-        for child in self.idle:
-            child.stop()
-        self.idle.clear()
+        for idle in self._idle.values():
+            for child in idle:
+                child.stop()
+        self._idle.clear()
 
 
 def channel_of(settings: Settings) -> tuple[str, dict[str, object]]:
@@ -105,7 +112,15 @@ def plain_refusal(bench: Bench) -> str | None:
     unit = max(1, bench.attributes.memory_alignment)
     name, options = channel_of(bench.settings)
     defaults = {"provider": name, "options": options, "device": bench.settings.device}
-    one, two = LocalEndpoint("a", defaults), LocalEndpoint("b", defaults)
+    one = LocalEndpoint("a", defaults)
+    two: Endpoint = LocalEndpoint("b", defaults)
+    child = None
+    if bench.settings.apart:
+        device = bench.settings.device_of(1)
+        child = bench.take(device)
+        two = RemoteEndpoint("b", {**defaults, "device": device}, child)
+        if name == "hook":
+            two.call("install_hook", inner=bench.settings.provider)
     try:
         one.open()
         address = two.open()
@@ -115,5 +130,10 @@ def plain_refusal(bench: Bench) -> str | None:
         return str(error)
     finally:
         one.dispose()
-        two.dispose()
+        if child is not None:
+            two.call("reset")
+            bench.give(child, device)
+        else:
+            assert isinstance(two, LocalEndpoint)
+            two.dispose()
     return None

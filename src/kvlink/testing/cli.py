@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
     parser.add_argument("--device", default="cpu", help='"cpu", "npu:0"')
     parser.add_argument(
+        "--devices", default="", metavar="NAMES", help="npu:0,npu:1: one a process, where a link connects two devices"
+    )
+    parser.add_argument(
         "--memory", default="", metavar="KINDS", help="kinds that must be served: plain,allocated,device"
     )
     parser.add_argument("--stream", default="", metavar="MODULE:FUNCTION", help="returns a device stream's handle")
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             hook_options=parse_pairs(args.hook or []),
             memory=tuple(filter(None, args.memory.split(","))),
             stream=args.stream,
+            devices=tuple(filter(None, args.devices.split(","))),
         )
         cases = select_cases(settings, args.group, args.case)
         if args.list:

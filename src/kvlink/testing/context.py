@@ -25,7 +25,7 @@ from .layouts import round_up
 from .suite import ConformanceFailure, DeclaredSkip, check
 from .wire import ChildProcess, fresh_folder
 
-E = TypeVar("E", bound=BaseException)
+E = TypeVar("E", bound=Endpoint)
 
 _SETTLE = 15.0
 """Seconds that threads and descriptors of closed channels have to go."""
@@ -78,10 +78,12 @@ class Context:
         self._bench = bench
         self._locals: list[LocalEndpoint] = []
         self._remotes: list[RemoteEndpoint] = []
+        self._children = 0
+        self._sides = 0
         self._cleanup: list[Callable[[], object]] = []
         self._folder = fresh_folder()
         self.folder = Path(self._folder.name)
-        self._idle_before = len(bench.idle)
+        self._idle_before = bench.idle_count
         self._before = resources.usage()
         self._targets = resources.descriptor_targets()
 
@@ -136,21 +138,28 @@ class Context:
 
     @property
     def kind(self) -> str:
-        """The kind of memory that a case uses when any will do."""
-        return self.kinds[0]
+        """The kind of memory that a case uses when any will do; "any": what the settings' ``pair`` gives each side."""
+        return "any" if self.settings.pair else self.kinds[0]
+
+    def sided(self, endpoint: E) -> E:
+        """Gives a new endpoint its side of the settings' ``pair``: a case's first the first, all others the second."""
+        if self.settings.pair:
+            endpoint.any_kind = self.settings.pair[min(self._sides, 1)]
+            self._sides += 1
+        return endpoint
 
     # ---- endpoints ----
-    def _defaults(self, through_hook: bool) -> dict[str, Any]:
+    def _defaults(self, through_hook: bool, process: int = 0) -> dict[str, Any]:
         name, options = channel_of(self.settings)
         if through_hook and name != "hook":
             name = hook.install(self.settings.provider)
         if name == "hook":
             options["hook_rendezvous"] = str(self.folder)
-        return {"provider": name, "options": options, "device": self.settings.device}
+        return {"provider": name, "options": options, "device": self.settings.device_of(process)}
 
     def local(self, name: str = "a", *, through_hook: bool = False) -> LocalEndpoint:
         """Makes an endpoint in this process."""
-        endpoint = LocalEndpoint(f"{name} (this process)", self._defaults(through_hook))
+        endpoint = self.sided(LocalEndpoint(f"{name} (this process)", self._defaults(through_hook)))
         self._locals.append(endpoint)
         return endpoint
 
@@ -161,9 +170,10 @@ class Context:
             name: For people.
             through_hook: Wrap the provider in the hook.
         """
-        defaults = self._defaults(through_hook)
-        child = self._bench.take()
-        endpoint = RemoteEndpoint(f"{name} (process {child.pid})", defaults, child)
+        self._children += 1
+        defaults = self._defaults(through_hook, self._children)
+        child = self._bench.take(defaults["device"])
+        endpoint = self.sided(RemoteEndpoint(f"{name} (process {child.pid})", defaults, child))
         self._remotes.append(endpoint)
         if defaults["provider"] == "hook":
             endpoint.call("install_hook", inner=self.settings.provider)
@@ -174,8 +184,8 @@ class Context:
         self.later(child.kill)
 
     def endpoint(self, name: str, *, two_processes: bool, through_hook: bool = False) -> Endpoint:
-        """Makes an endpoint in this process or in a child."""
-        return (self.remote if two_processes else self.local)(name, through_hook=through_hook)
+        """Makes an endpoint in this process or in a child; in a child where the ends of a link have to be apart."""
+        return (self.remote if two_processes or self.settings.apart else self.local)(name, through_hook=through_hook)
 
     def pair(
         self,
@@ -223,6 +233,21 @@ class Context:
         )
         return Pair(a, b, peer, found[0])
 
+    def still(self, pair: Pair) -> Pair:
+        """The pair while it is connected, else a new connection: closing a region costs some providers the link."""
+        if pair.a.call("peers").get(pair.ab) == "connected":
+            return pair
+        pair.b.wait_no_peer(pair.ba)
+        return self.join(pair.a, pair.b, pair.b.call("address"))
+
+    def settle(self, pair: Pair) -> Pair:
+        """Makes memory that was registered after the connect usable: connects again where that is what it takes."""
+        if Capability.LATE_MEMORY in self.capabilities:
+            return pair
+        pair.a.call("close_peer", peer=pair.ab)
+        pair.b.wait_no_peer(pair.ba)
+        return self.join(pair.a, pair.b, pair.b.call("address"))
+
     def round_trip(self, pair: Pair) -> None:
         """Moves a little both ways between regions "a" and "b" and compares both regions in full."""
         size = self.align(1000)
@@ -239,10 +264,9 @@ class Context:
 
     def round_trip_of_new_region(self, pair: Pair) -> None:
         """As :meth:`round_trip`, after region "b" was closed; connects again when that cost the connection."""
-        if pair.a.call("peers").get(pair.ab) != "connected":
-            pair = self.join(pair.a, pair.b, pair.b.call("address"))
+        pair = self.still(pair)
         pair.b.memory("b", round_up(1 << 20, max(1, self.attributes.memory_alignment)), 2, kind=self.kind)
-        self.round_trip(pair)
+        self.round_trip(self.settle(pair))
 
     @contextmanager
     def error(self, *kinds: type[errors.KvlinkError], operation: str | None = None) -> Iterator[Caught]:
@@ -290,14 +314,7 @@ class Context:
     def release(self, pair: Pair) -> None:
         """Closes everything of a pair and makes its endpoints go, so that memory does not pile up within a case."""
         for endpoint in (pair.a, pair.b):
-            if isinstance(endpoint, RemoteEndpoint):
-                self._remotes.remove(endpoint)
-                problems = self._dispose_remote(endpoint)
-            else:
-                assert isinstance(endpoint, LocalEndpoint)
-                self._locals.remove(endpoint)
-                problems = endpoint.dispose()
-            check(not problems, f"closing failed: {'; '.join(problems)}")
+            self._dispose(endpoint)
 
     def close_pair(self, pair: Pair) -> None:
         """Closes both channels the orderly way, the acceptor's last."""
@@ -313,12 +330,10 @@ class Context:
             check(not log.violations, "the contract was broken: " + "; ".join(sorted(set(log.violations))[:5]))
         return log
 
-    def check_nothing_left_of(self, *endpoints: LocalEndpoint) -> None:
+    def check_nothing_left_of(self, *endpoints: Endpoint) -> None:
         """Disposes of endpoints and checks that nothing of them is left, in the middle of a case."""
         for endpoint in endpoints:
-            self._locals.remove(endpoint)
-            problems = endpoint.dispose()
-            check(not problems, f"closing failed: {'; '.join(problems)}")
+            self._dispose(endpoint)
         self.check_nothing_left()
 
     def send_garbage(self, address: str) -> None:
@@ -358,6 +373,16 @@ class Context:
         check(not problems, f"closing failed: {'; '.join(problems)}")
         self.check_nothing_left()
 
+    def _dispose(self, endpoint: Endpoint) -> None:
+        if isinstance(endpoint, RemoteEndpoint):
+            self._remotes.remove(endpoint)
+            problems = self._dispose_remote(endpoint)
+        else:
+            assert isinstance(endpoint, LocalEndpoint)
+            self._locals.remove(endpoint)
+            problems = endpoint.dispose()
+        check(not problems, f"closing failed: {'; '.join(problems)}")
+
     def _dispose_remote(self, remote: RemoteEndpoint) -> list[str]:
         if not remote.child.alive:
             remote.child.kill()
@@ -370,7 +395,7 @@ class Context:
         except ConformanceFailure as error:
             remote.child.kill()
             return [str(error)]
-        self._bench.give(remote.child)
+        self._bench.give(remote.child, remote.open_defaults["device"])
         return problems
 
     def check_nothing_left(self) -> None:
@@ -378,7 +403,7 @@ class Context:
         gc.collect()  # a closed channel's event descriptor goes with its object
         for what in ("descriptors", "threads"):
             # Children in the pool have two pipes and a file each, and a reader thread here.
-            extra = (len(self._bench.idle) - self._idle_before) * (3 if what == "descriptors" else 1)
+            extra = (self._bench.idle_count - self._idle_before) * (3 if what == "descriptors" else 1)
             limit = self._before[what] + extra
             resources.until(
                 lambda what=what: resources.usage()[what],  # type: ignore[misc]

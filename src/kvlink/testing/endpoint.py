@@ -29,6 +29,7 @@ class Endpoint:
 
     name: str
     open_defaults: Mapping[str, Any]
+    any_kind: str = "plain"  # what "any" means here
 
     def start(self, command: str, **arguments: Any) -> Future[Any]:
         """Runs a command in the background."""
@@ -75,7 +76,8 @@ class Endpoint:
 
     # ---- memory ----
     def memory(self, name: str, nbytes: int, seed: int, *, kind: str = "plain", **more: Any) -> int:
-        """Makes a region filled with the pattern of ``seed``; returns its handle."""
+        """Makes a region filled with the pattern of ``seed``; returns its handle. Kind "any" is this side's own."""
+        kind = self.any_kind if kind == "any" else kind
         return int(self.call("memory", name=name, nbytes=nbytes, seed=seed, kind=kind, **more))
 
     def fill(self, name: str, seed: int) -> None:
@@ -103,6 +105,12 @@ class Endpoint:
     def wait_peers(self, count: int, *, timeout: float = 10.0, channel: str = "main") -> list[str]:
         """Waits for exactly so many connected peers; returns their ids."""
         return list(self.call("wait_peers", count=count, timeout=timeout, channel=channel))
+
+    def wait_no_peer(self, peer: str, *, timeout: float = 10.0) -> None:
+        """Waits until a peer is gone."""
+        resources.until(
+            lambda: dict(self.call("peers")), lambda peers: peer not in peers, timeout, lambda _: f"peer {peer} stays"
+        )
 
     def wait_region(self, peer: str, name: str, *, timeout: float = 10.0) -> int:
         """Waits until a peer published a region; returns its bytes."""

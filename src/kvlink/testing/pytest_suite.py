@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from typing import Any, ClassVar
 
 import pytest
@@ -23,6 +25,11 @@ class ProviderSuite:
         hook_options: Options of the hook.
         memory: Kinds of memory that must be served: "plain", "allocated", "device".
         stream: "module:function" that returns a device stream's handle, for providers that claim STREAM.
+        devices: Of this process and of the others, for providers that connect two devices.
+        pair: Kinds of memory of the two sides of a link wherever a case takes any.
+        refusals: Cases (patterns of ids, "?" and "*") that this setting has to refuse, and what the refusal says
+            (regular expressions): the case counts as skipped when it fails with that text, and fails when it passes.
+        skips: Regular expressions of the reasons with which a case may skip; None = any declared reason.
         groups: Only these groups; None = all.
     """
 
@@ -34,6 +41,10 @@ class ProviderSuite:
     hook_options: ClassVar[Mapping[str, object]] = {}
     memory: ClassVar[tuple[str, ...]] = ()
     stream: ClassVar[str] = ""
+    devices: ClassVar[tuple[str, ...]] = ()
+    pair: ClassVar[tuple[str, ...]] = ()
+    refusals: ClassVar[Mapping[str, str]] = {}
+    skips: ClassVar[tuple[str, ...] | None] = None
     groups: ClassVar[tuple[str, ...] | None] = None
     _results: ClassVar[list[CaseResult]]
 
@@ -49,6 +60,8 @@ class ProviderSuite:
             hook_options=cls.hook_options,
             memory=cls.memory,
             stream=cls.stream,
+            devices=cls.devices,
+            pair=cls.pair,
         )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -68,8 +81,15 @@ class ProviderSuite:
         """Runs one case; skips only what the provider declares."""
         result = conformance_runner.run(conformance_case)
         type(self)._results.append(result)
+        refusal = next((text for name, text in self.refusals.items() if fnmatch(conformance_case.id, name)), None)
         if result.status == "skipped":
+            known = self.skips is None or any(re.search(text, result.reason) for text in self.skips)
+            assert known, f"an unexpected skip: {result.reason}"
             pytest.skip(result.reason)
+        if refusal is not None:
+            assert result.status == "failed", f"it passed, and a refusal was declared: {refusal}"
+            assert re.search(refusal, result.reason), f"refused, but not as declared ({refusal}): {result.reason}"
+            pytest.skip(f"refused, as declared: {result.reason}")
         assert result.status == "passed", result.reason
 
     def test_every_claim_is_proved(self, conformance_runner: Runner) -> None:

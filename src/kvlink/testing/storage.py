@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 GUARD = 4096
 """Bytes before and behind plain memory that nobody may touch."""
 _GUARD_SEED = 0x6A5D
+_PAGE = 4096
 
 
 class Storage:
@@ -99,7 +100,7 @@ class AllocatedStorage(Storage):
     """Host memory that the provider allocated."""
 
     def _make(self, channel: Channel, access: str) -> Region:
-        region = super()._make(channel, access)
+        region = channel.allocate(self.nbytes, name=self.name, access=access, device="cpu")
         self._view: Bytes = np.frombuffer(region.buffer(), dtype=np.uint8)[: self.nbytes]
         return region
 
@@ -141,8 +142,10 @@ def make_storage(channel: Channel, name: str, nbytes: int, *, kind: str, access:
         nbytes: Its bytes.
         kind: "plain", "allocated" or "device".
         access: What peers may do.
-        alignment: Of the address of plain memory.
+        alignment: Of the address of plain memory; whole pages where a device's driver maps it.
     """
     if kind == "plain":
+        if channel.device != "cpu":
+            alignment = max(alignment, _PAGE)
         return PlainStorage(channel, name, nbytes, access, alignment)
     return (AllocatedStorage if kind == "allocated" else DeviceStorage)(channel, name, nbytes, access)

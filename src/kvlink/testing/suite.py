@@ -105,6 +105,9 @@ class Settings:
         hook_options: Options for the hook when ``through_hook``.
         memory: Kinds of memory that must be served: "plain", "allocated", "device". Others are tested where served.
         stream: "module:function" that returns the handle of a device stream, for providers that claim STREAM.
+        pair: Kinds of memory of the two sides, wherever a case takes any: the first endpoint of a case gets the first.
+        devices: Where two ends of a link need a device each and a process each: this process uses the first, every
+            other process the next. Overrides ``device``.
     """
 
     provider: str
@@ -115,8 +118,16 @@ class Settings:
     hook_options: Mapping[str, object] = field(default_factory=dict)
     memory: tuple[str, ...] = ()
     stream: str = ""
+    devices: tuple[str, ...] = ()
+    pair: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.pair and (len(self.pair) != 2 or not set(self.pair) <= {"plain", "allocated", "device"}):
+            raise ConfigError(f"pair is {list(self.pair)}; expected two of plain, allocated, device")
+        if self.devices:
+            if len(set(self.devices)) < 2:
+                raise ConfigError(f"devices are {list(self.devices)}; expected at least two different ones")
+            object.__setattr__(self, "device", self.devices[0])
         if self.profile not in PROFILES:
             raise ConfigError(f"profile is {self.profile!r}; expected one of {', '.join(PROFILES)}")
 
@@ -124,6 +135,17 @@ class Settings:
     def full(self) -> bool:
         """Whether the long versions of cases run."""
         return self.profile == "full"
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two ends of a link are always two processes with a device each."""
+        return bool(self.devices)
+
+    def device_of(self, process: int) -> str:
+        """Returns the device of a process: 0 is the one that runs the cases, 1 the first child of a case."""
+        if not self.devices:
+            return self.device
+        return self.devices[0] if process == 0 else self.devices[1 + (process - 1) % (len(self.devices) - 1)]
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON."""

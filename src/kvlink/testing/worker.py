@@ -110,7 +110,8 @@ def describe(bench: Bench) -> dict[str, Any]:
 def main() -> int:
     """Serves a worker on the standard streams."""
     values = json.loads(sys.argv[1])
-    values["memory"] = tuple(values["memory"])
+    for name in ("memory", "devices", "pair"):
+        values[name] = tuple(values[name])
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s %(levelname)s %(message)s")
     return serve(Worker(Settings(**values)))

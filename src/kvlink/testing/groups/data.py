@@ -121,6 +121,7 @@ def several_regions(context: Context) -> None:
     for index in range(count):
         pair.a.memory(f"layer{index}", 4 * size, 100 + index, kind=context.kind)
         pair.b.memory(f"layer{index}", 4 * size, 200 + index, kind=context.kind)
+    pair = context.settle(pair)
     for index in range(count):
         pair.a.wait_region(pair.ab, f"layer{index}")
     parts = [

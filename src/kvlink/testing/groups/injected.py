@@ -44,7 +44,7 @@ class _Life:
         for log in self.logs:
             log.unlink(missing_ok=True)
         self.a = context.local("a", through_hook=True)
-        self.b = context.local("b", through_hook=True)
+        self.b = context.endpoint("b", two_processes=False, through_hook=True)
         self.fails = (a_fail, b_fail)
 
     def attempt(self, step: Callable[[], object]) -> bool:

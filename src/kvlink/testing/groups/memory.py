@@ -47,10 +47,13 @@ def double_close(context: Context) -> None:
     pair.a.close_region("a")
     pair.a.close_region("a")
     size = context.align(64)
-    with context.error(errors.ClosedError, errors.RegionRevoked, errors.RangeError):
+    with context.error(errors.ClosedError, errors.RegionRevoked, errors.RangeError, errors.PeerLost):
         pair.a.transfer(operation, pair.ab, "a", "b", [(0, 0, size)])
     pair.b.verify("b", 2)
+    pair = context.still(pair)
     pair.a.memory("a", 1 << 16, 5, kind=context.kind)
+    pair = context.settle(pair)
+    pair.a.wait_region(pair.ab, "b")
     pair.a.transfer(operation, pair.ab, "a", "b", [(0, 0, size)])
 
 
@@ -62,9 +65,11 @@ def names(context: Context) -> None:
         pair.a.memory("a", 4096, 9, kind=context.kind)
     for seed in (11, 12, 13):
         pair.b.close_region("b", keep=False)
+        pair = context.still(pair)
         pair.a.call("wait_no_region", peer=pair.ab, name="b")
         nbytes = context.align(4096 * seed)
         pair.b.memory("b", round_up(nbytes, max(1, context.attributes.memory_alignment)), seed, kind=context.kind)
+        pair = context.settle(pair)
         pair.a.wait_region(pair.ab, "b")
         if Capability.GET in context.capabilities:
             size = context.align(100)
@@ -79,12 +84,14 @@ def aliases(context: Context) -> None:
     context.need("plain" in context.kinds, "only memory that the provider allocates is served")
     pair = context.pair(two_processes=True)
     pair.b.call("alias", name="b", alias="b2", offset=context.align(4096), nbytes=context.align(8192))
+    pair = context.settle(pair)
     pair.a.wait_region(pair.ab, "b2")
     size = context.align(500)
     if Capability.PUT in context.capabilities:
         pair.a.transfer("put", pair.ab, "a", "b2", [(0, size, size)])
         pair.b.verify("b", 2, [(context.align(4096) + size, 1, 0, size)])
     pair.b.call("close_alias", alias="b2")
+    pair = context.still(pair)
     pair.a.call("wait_no_region", peer=pair.ab, name="b2")
     context.round_trip(pair)
 
@@ -100,15 +107,26 @@ def late(context: Context) -> None:
     context.round_trip(pair)
 
 
-@case("memory", "without LATE_MEMORY a late region is refused", timeout=30)
+@case("memory", "without LATE_MEMORY a late region needs a new connection", timeout=40)
 def late_refused(context: Context) -> None:
-    """The core refuses at the call, and says what to do."""
-    settings = {"options": {"hook_mask": "LATE_MEMORY"}}
-    pair = context.pair(through_hook=True, a=settings, b=settings)
-    with context.error(errors.StateError) as caught:
-        pair.a.memory("late", 1 << 16, 3, kind=context.kind)
-    check("before" in str(caught.error), f"the error does not say when to register: {caught.error}")
+    """Registering works; on the old link its transfers are refused with what to do, on a new one they work."""
+    context.need(Capability.LATE_MEMORY not in context.capabilities, "the provider takes memory at any time")
+    context.need(not context.settings.through_hook, "the hook hides LATE_MEMORY and does not take it away")
+    pair = context.pair(two_processes=True)
+    operation = "put" if Capability.PUT in context.capabilities else "get"
+    size = context.align(64)
+    pair.a.memory("own", 1 << 16, 3, kind=context.kind)
+    pair.b.memory("theirs", 1 << 16, 4, kind=context.kind)
+    pair.a.wait_region(pair.ab, "theirs")
+    for local, remote in (("own", "b"), ("a", "theirs")):
+        with context.error(errors.TransferError, errors.StateError, operation=operation) as caught:
+            pair.a.transfer(operation, pair.ab, local, remote, [(0, 0, size)])
+        check("reconnect" in str(caught.error), f"the error does not say what to do: {caught.error}")
     context.round_trip(pair)
+    pair = context.settle(pair)
+    for local, remote in (("own", "b"), ("a", "theirs")):
+        pair.a.wait_region(pair.ab, remote)
+        pair.a.transfer(operation, pair.ab, local, remote, [(0, 0, size)])
 
 
 @case("memory", "two hundred regions", timeout=60, quiet=True)
@@ -121,6 +139,7 @@ def many(context: Context) -> None:
     for index, name in enumerate(names):
         pair.b.memory(name, size, 1000 + index, kind=context.kind)
     pair.a.memory("a", size, 1, kind=context.kind)
+    pair = context.settle(pair)
     for name in names:
         pair.a.wait_region(pair.ab, name)
     check(pair.a.call("regions", peer=pair.ab) == sorted(names), "the peer's regions are not those published")
@@ -138,6 +157,7 @@ def access(context: Context) -> None:
     pair.a.memory("a", size, 1, kind=context.kind)
     pair.b.memory("readable", size, 2, kind=context.kind, access="r")
     pair.b.memory("writable", size, 3, kind=context.kind, access="w")
+    pair = context.settle(pair)
     unit = context.align(64)
     for operation, forbidden, flag in (
         ("put", "readable", Capability.PUT),
