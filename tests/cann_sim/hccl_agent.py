@@ -8,6 +8,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Client as Connect
 from multiprocessing.connection import Connection, Listener
+from pathlib import Path
 from typing import Any
 
 _WAIT = 40.0
@@ -16,22 +17,22 @@ _WAIT = 40.0
 class Agent:
     """Calls the methods of a client class in a process of its own.
 
-    `agent.method(...)` calls and waits; `agent.begin("method", ...)` and `agent.end()` let two agents be in a collective
-    call at once.
+    `agent.method(...)` calls and waits; `agent.begin("method", ...)` and `agent.end()` let two agents be in a
+    collective call at once.
     """
 
-    def __init__(self, env: dict[str, str], client: str = "tests.cann_sim.hccl_client:Client") -> None:
+    def __init__(self, env: dict[str, str], client: str = "hccl_client:Client") -> None:
         """Starts the process.
 
         Args:
             env: Added to this process's environment.
-            client: module:class to serve.
+            client: module:class to serve, the module in this package.
         """
         key = os.urandom(16)
         with Listener(None, "AF_UNIX", authkey=key) as listener:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.cann_sim.hccl_agent", str(listener.address), client],
-                env={**os.environ, **env},
+                [sys.executable, "-m", "cann_sim.hccl_agent", str(listener.address), client],
+                env={**os.environ, **env, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -94,7 +95,7 @@ def main(address: str, client: str) -> None:
     key = bytes.fromhex(sys.stdin.readline())
     module, name = client.split(":")
     with Connect(address, authkey=key) as connection:
-        served = getattr(importlib.import_module(module), name)()
+        served = getattr(importlib.import_module(f"cann_sim.{module}"), name)()
         while True:
             try:
                 method, args, kwargs = connection.recv()

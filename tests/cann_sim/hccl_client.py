@@ -1,4 +1,7 @@
-"""HCCL's one-sided service and enough ACL to use it, called with ctypes exactly as a C client would."""
+"""HCCL's one-sided service and enough ACL to use it, called with ctypes as a C client would.
+
+Runs in the agent processes of the rule tests; methods take and return plain values.
+"""
 
 from __future__ import annotations
 
@@ -80,11 +83,12 @@ class Client:
     """One process's view of the simulated libraries; methods return the vendor's codes, never raise for them."""
 
     def __init__(self) -> None:
-        lib = os.environ["CANN_SIM_LIB"]
-        self.sim = ctypes.CDLL(f"{lib}/libcann_sim.so")
-        self.acl = ctypes.CDLL(f"{lib}/libascendcl.so")
-        hcomm = f"{lib}/libhcomm.so"
-        self.hccl = ctypes.CDLL(hcomm if os.path.exists(hcomm) else f"{lib}/libhccl.so")
+        self.sim = ctypes.CDLL("libcann_sim.so")
+        self.acl = ctypes.CDLL("libascendcl.so")
+        try:
+            self.hccl = ctypes.CDLL("libhcomm.so")
+        except OSError:
+            self.hccl = ctypes.CDLL("libhccl.so")  # up to 8.4
         self.acl.aclGetRecentErrMsg.restype = c_char_p
         self.sim.cann_sim_live.restype = ctypes.c_int64
         self.sim.cann_sim_violations.restype = ctypes.c_int64

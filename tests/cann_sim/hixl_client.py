@@ -8,7 +8,7 @@ import time
 from ctypes import byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from tests.cann_sim.hccl_client import Client
+from .hccl_client import Client
 
 READ, WRITE = 0, 1
 WAITING, COMPLETED, FAILED = 0, 1, 3
@@ -20,10 +20,9 @@ class HixlClient(Client):
 
     def __init__(self) -> None:
         super().__init__()
-        lib = os.environ["CANN_SIM_LIB"]
         for name in ("libmetadef.so", "libcann_hixl.so"):
-            ctypes.CDLL(f"{lib}/{name}", mode=ctypes.RTLD_GLOBAL)
-        self.hixl = ctypes.CDLL(os.path.join(os.path.dirname(lib), "libhixl_client.so"))
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        self.hixl = ctypes.CDLL(os.environ["CANN_SIM_HIXL_CLIENT"])
         for name in ("initialize", "register", "deregister", "connect", "disconnect", "transfer", "transfer_async"):
             getattr(self.hixl, f"hixl_client_{name}").restype = c_uint32
         for name in ("status", "batch_status", "notify", "connect_async", "connect_status", "capability"):
