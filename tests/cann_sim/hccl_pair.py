@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class Pair:
     """Agents a (device 0, rank 0) and b (device 1, rank 1) on one host."""
 
     def __init__(self, host: Mapping[str, str], **env: str) -> None:
-        self.host = {**host, **env}
+        # A network of its own: another pair of the same host may hold the ports.
+        self.host = {**host, "CANN_SIM_NET": uuid.uuid4().hex, **env}
         self.a = Agent(self.host)
         self.b = Agent(self.host)
         assert self.a.start(0) == 0
