@@ -28,7 +28,7 @@ void check_reason(const char *where, kvl_status status, const kvl_error &error) 
   check(error.status == KVL_UNAVAILABLE, where, "left another status in the error");
   check(std::strstr(error.message, "CANN") != nullptr || std::strstr(error.message, "libascendcl.so") != nullptr, where,
         "names neither CANN nor the library");
-  check(std::strstr(error.message, "set_env.sh") != nullptr, where, "does not say what to do");
+  check(std::strstr(error.message, "ASCEND_HOME_PATH") != nullptr, where, "does not say what to do");
 }
 
 }  // namespace
