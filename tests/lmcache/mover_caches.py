@@ -44,7 +44,7 @@ def _fill(shape, dtype, seed):
 
 
 def packed(layers, blocks, heads, size, head, dtype, seed, *, shared=True, permute=False):
-    """vLLM's CPU cache: [blocks, heads, block_size, 2 * head_size], packed as §1.4 says ("vec"), or by any permutation."""
+    """vLLM's CPU cache: [blocks, heads, block_size, 2 * head_size], packed as for "vec", or by any permutation."""
     count = size * 2 * head
     order = torch.randperm(count, generator=torch.Generator().manual_seed(7)) if permute else torch.arange(count)
 
@@ -96,7 +96,7 @@ def halves(layers, blocks, heads, size, head, dtype, seed, *, second=False):
 
 
 def latent(layers, blocks, _heads, size, head, dtype, seed, *, parts=(1,), other=None):
-    """MLA: one [blocks, block_size, width] tensor, or Ascend's nope, rope (and indexer) of [blocks, block_size, 1, width]."""
+    """MLA: one [blocks, block_size, width] tensor, or Ascend's [blocks, block_size, 1, width] each."""
     caches = []
     for layer in range(layers):
         if parts == (1,):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvlink.errors import ConfigError
-
 from kvlink_lmcache.registration import register
 
 register()
@@ -112,7 +111,7 @@ def test_a_misspelt_channel_key_is_refused_too(tmp_path):
 
 
 def test_a_misspelt_channel_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="'hosst'.*'host'|did you mean 'host'"):
+    with pytest.raises(ConfigError, match=r"'hosst' is neither"):
         load(tmp_path, DECODER.replace('"host"', '"hosst"'))
 
 
@@ -141,7 +140,11 @@ def pd(**changes):
 @pytest.mark.parametrize(
     ("changes", "role", "message"),
     [
-        ({"pd_peer_init_port": [1]}, "kv_consumer", r"pd_peer_init_port has 1 ports \(\[1\]\); --tensor-parallel-size 2 needs 2"),
+        (
+            {"pd_peer_init_port": [1]},
+            "kv_consumer",
+            r"pd_peer_init_port has 1 ports \(\[1\]\); --tensor-parallel-size 2 needs 2",
+        ),
         ({"pd_peer_alloc_port": None}, "kv_consumer", "pd_peer_alloc_port is missing"),
         ({"pd_peer_alloc_port": [3, 3]}, "kv_consumer", "names a port twice"),
         ({"pd_peer_host": None}, "kv_consumer", "pd_peer_host is missing"),
@@ -178,7 +181,9 @@ def test_misspelt_keys_of_the_connector_are_refused(key, hint):
 
 
 def test_the_connectors_own_keys_are_taken():
-    checks.check_connector_keys({"discard_partial_chunks": False, "lmcache_rpc_port": "p", "skip_last_n_tokens": 1, "lmcache.x": 1})
+    checks.check_connector_keys(
+        {"discard_partial_chunks": False, "lmcache_rpc_port": "p", "skip_last_n_tokens": 1, "lmcache.x": 1}
+    )
 
 
 def test_seed_ports_go_with_the_seeds_size():

@@ -30,7 +30,9 @@ class Listening:
 
 
 def test_a_scheduler_that_cannot_wait_is_refused_with_what_to_do():
-    with pytest.raises(repairs.UnsupportedVLLM, match=r"Deaf does not ask.*ascend_scheduler_config.*vllm-ascend >= 0\.12"):
+    with pytest.raises(
+        repairs.UnsupportedVLLM, match=r"Deaf does not ask.*ascend_scheduler_config.*vllm-ascend >= 0\.12"
+    ):
         repairs.check_scheduler(Deaf)
     repairs.check_scheduler(Listening)
     repairs.check_scheduler(None)
@@ -83,7 +85,7 @@ def engine(groups=1, extra=None):
 
 
 def test_several_cache_groups_are_refused():
-    with pytest.raises(checks.UnsupportedFeature, match="2 KV-cache groups.*--disable-hybrid-kv-cache-manager"):
+    with pytest.raises(checks.UnsupportedFeature, match=r"2 KV-cache groups.*--disable-hybrid-kv-cache-manager"):
         checks.check_engine(*engine(groups=2))
     checks.check_engine(*engine(extra={"lmcache_rpc_port": "p"}))
     checks.check_engine(engine()[0], None)

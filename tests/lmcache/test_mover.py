@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from tests.lmcache.mover_caches import LAYOUTS
 
 from kvlink_lmcache.mover.planes import Geometry, LayoutError, build_pieces
@@ -28,7 +27,13 @@ def moves(draw):
     slots = [[order[n // size] * size + n % size for n in range(first, first + count)] for order in orders]
     return {
         "layout": layout,
-        "shape": (draw(st.integers(1, 3)), blocks, draw(st.sampled_from((1, 2, 3))), size, draw(st.sampled_from((2, 4)))),
+        "shape": (
+            draw(st.integers(1, 3)),
+            blocks,
+            draw(st.sampled_from((1, 2, 3))),
+            size,
+            draw(st.sampled_from((2, 4))),
+        ),
         "dtype": draw(st.sampled_from(DTYPES)),
         "slots": slots,
         "skip": draw(st.integers(0, count + 1)),
@@ -84,7 +89,9 @@ def test_whole_blocks_are_copied_as_they_are():
     mover = Mover(cache.pieces())
     memory = torch.zeros(16 * mover.token_bytes, dtype=torch.uint8)
     mover.load(memory, [*range(16, 24), *range(0, 8)])
-    assert torch.equal(memory.view(torch.float32).view(2, 2, -1), torch.stack([c[[2, 0]].reshape(2, -1) for c in cache.caches]))
+    assert torch.equal(
+        memory.view(torch.float32).view(2, 2, -1), torch.stack([c[[2, 0]].reshape(2, -1) for c in cache.caches])
+    )
 
 
 def test_layers_of_one_storage_are_copied_together():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.metadata import LMCacheMetadata
-
 from tests.lmcache.mover_caches import latent, pairs
 
 from kvlink_lmcache import context
@@ -47,8 +46,9 @@ def connector(about, **options):
 @pytest.mark.parametrize("form", ["blocks", "tokens"])
 def test_a_request_goes_out_and_comes_in(form):
     about = metadata()
-    source, target = pairs(LAYERS, BLOCKS, HEADS, SIZE, HEAD, torch.float32, 1), pairs(
-        LAYERS, BLOCKS, HEADS, SIZE, HEAD, torch.float32, 500
+    source, target = (
+        pairs(LAYERS, BLOCKS, HEADS, SIZE, HEAD, torch.float32, 1),
+        pairs(LAYERS, BLOCKS, HEADS, SIZE, HEAD, torch.float32, 500),
     )
     memory = objects(about, (8, 8, 3))
     starts, ends = [0, 8, 16], [8, 16, 19]

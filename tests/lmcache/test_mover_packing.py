@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from tests.lmcache.mover_caches import packed
 
 from kvlink_lmcache.mover.packing import PackingError, discover
@@ -13,8 +12,9 @@ from kvlink_lmcache.mover.transfer import Mover
 
 
 def _store(cache, key, value, slots):
-    from vllm import _custom_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    from vllm import _custom_ops
 
     blocks, heads, size, width = cache.shape
     halves = cache.view(blocks, heads, size * 2, width // 2).chunk(2, dim=2)

@@ -52,7 +52,9 @@ def test_registering_imports_neither_lmcache_nor_torch():
 
 
 def test_before_lmcache_is_imported():
-    assert "ok" in run(f"from kvlink_lmcache.registration import register\nregister()\nregister()\n{textwrap.dedent(REPLACED)}")
+    assert "ok" in run(
+        f"from kvlink_lmcache.registration import register\nregister()\nregister()\n{textwrap.dedent(REPLACED)}"
+    )
 
 
 def test_after_lmcache_was_imported():

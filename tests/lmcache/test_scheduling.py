@@ -30,7 +30,9 @@ class Scheduler:
         )
         made.kv_role = "kv_producer"
         # The names of both lines: 0.4.4 keeps what 0.5.6 asks its manager for.
-        made._manager = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=lambda _: None), lmcache_engine=None)
+        made._manager = SimpleNamespace(
+            lookup_client=SimpleNamespace(clear_lookup_status=lambda _: None), lmcache_engine=None
+        )
         made.force_skip_save = False
         made.async_loading = False
         made.load_specs, made._request_trackers, made._unfinished_requests, made._requests_priority = {}, {}, {}, {}
@@ -38,12 +40,23 @@ class Scheduler:
         self.connector = made
 
     def request(self, name, tokens, *, disagg=True):
-        params = {"disagg_spec": {"req_id": "r", "receiver_host": "h", "receiver_init_port": [1], "receiver_alloc_port": [2]}}
+        params = {
+            "disagg_spec": {"req_id": "r", "receiver_host": "h", "receiver_init_port": [1], "receiver_alloc_port": [2]}
+        }
         request = SimpleNamespace(
-            request_id=name, req_id=name, prompt_token_ids=list(range(tokens)), all_token_ids=list(range(tokens)),
-            num_computed_tokens=0, block_ids=([*range(-(-tokens // BLOCK))],), mm_features=[], mm_hashes=[], mm_positions=[],
-            sampling_params=SimpleNamespace(extra_args=None), num_tokens=tokens, kv_transfer_params=params if disagg else None,
-        )  # fmt: skip
+            request_id=name,
+            req_id=name,
+            prompt_token_ids=list(range(tokens)),
+            all_token_ids=list(range(tokens)),
+            num_tokens=tokens,
+            num_computed_tokens=0,
+            block_ids=([*range(-(-tokens // BLOCK))],),
+            mm_features=[],
+            mm_hashes=[],
+            mm_positions=[],
+            sampling_params=SimpleNamespace(extra_args=None),
+            kv_transfer_params=params if disagg else None,
+        )
         self.connector.update_state_after_alloc(request, 0)
         return request
 
@@ -92,7 +105,11 @@ def test_chunked_prefill_sends_each_token_once():
 def test_steps_that_end_inside_a_chunk():
     scheduler = Scheduler()
     request = scheduler.request("a", 13)
-    steps = [scheduler.step(request, 6, new=True), scheduler.step(request, 6, new=False), scheduler.step(request, 1, new=False)]
+    steps = [
+        scheduler.step(request, 6, new=True),
+        scheduler.step(request, 6, new=False),
+        scheduler.step(request, 1, new=False),
+    ]
     assert [sent(step) for step in steps] == [[(0, 4)], [(4, 12)], [(12, 13)]]
 
 

@@ -11,7 +11,9 @@ from kvlink_lmcache import context, names
 _PD = "PDBackend"
 
 
-def create(original: Callable[..., OrderedDict[str, Any]], config: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+def create(
+    original: Callable[..., OrderedDict[str, Any]], config: Any, metadata: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Does what ``CreateStorageBackends`` does.
 
     Args:

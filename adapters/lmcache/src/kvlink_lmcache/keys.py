@@ -1,8 +1,8 @@
 """The YAML keys that LMCache-Ascend adds to LMCache's, and what a misspelt key gets.
 
 LMCache keeps its keys in one dictionary, from which its configuration class was made. The keys here are added to that
-dictionary and the class's constructor takes them too, so that files, environment variables (``LMCACHE_PD_PULL_MODE``) and
-overrides work as for LMCache's own. Where LMCache-Ascend has added a key before, its definition stays.
+dictionary and the class's constructor takes them too, so that files, environment variables (``LMCACHE_PD_PULL_MODE``)
+and overrides work as for LMCache's own. Where LMCache-Ascend has added a key before, its definition stays.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -84,15 +83,15 @@ def create_transfer_channel(module: ModuleType) -> None:
 def create_storage_backends(module: ModuleType) -> None:
     """Makes ``CreateStorageBackends`` build kvlink's PD backends for kvlink's channels.
 
-    Why: LMCache has no pull mode, its push backend has the defects that ``push`` repairs, and a channel is built without
-    the configuration, which is remembered here. Goes away: with backend plugins that are loaded in PD mode too.
+    Why: LMCache has no pull mode, its push backend sends again, blocks and hides failures, and a channel is built
+    without the configuration, which is remembered here. Goes away: with backend plugins that are loaded in PD mode too.
     """
     original = _original(module, "CreateStorageBackends", ("config", "metadata", "loop"))
     if original is None:
         return
 
     @functools.wraps(original)
-    def create(config: Any, metadata: Any, *args: Any, **kwargs: Any) -> OrderedDict[str, Any]:
+    def create(config: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
         from kvlink_lmcache import backends
 
         return backends.create(original, config, metadata, *args, **kwargs)
@@ -106,7 +105,7 @@ def engine_store(module: ModuleType) -> None:
     Why: where it gets no page for a chunk it stores fewer, or returns without a word to the backend, and the request's
     hand-off would wait for the rest. Goes away: when LMCache reports an incomplete store to the backend.
     """
-    engine = versions.require(module, "LMCacheEngine", ())
+    engine: Any = versions.require(module, "LMCacheEngine", ())
     original = versions.require(module, "LMCacheEngine.store", ("self", "tokens"))
     if hasattr(original, _MARK):
         return

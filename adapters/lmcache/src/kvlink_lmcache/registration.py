@@ -1,4 +1,4 @@
-"""Makes kvlink's channels known to LMCache in this process: once, from wherever it is called, without importing lmcache.
+"""Makes kvlink's channels known to LMCache in this process: once, from anywhere, without importing lmcache.
 
 vLLM calls :func:`register` through its plugin entry point in every process (API server, engine core, workers, forked or
 spawned); the connector module calls it too, for set-ups that switch plugins off.
@@ -25,4 +25,3 @@ def register() -> None:
     after_import("lmcache", versions.check_lmcache)
     for module, patch in patches.PATCHES:
         after_import(module, patch)
-

@@ -77,7 +77,7 @@ def tell_progress(request: Any, handed: dict[str, int]) -> None:
 
 
 class _WithoutFirstToken:
-    """A request that ended before its first token: without ``ret_first_tok``, for which LMCache would read that token."""
+    """A request that ended before its first token, without ``ret_first_tok``: LMCache would read that token."""
 
     def __init__(self, request: Any) -> None:
         self._request = request

@@ -56,8 +56,8 @@ class Capacity:
         if tokens <= self.tokens:
             return None
         return (
-            f"a prompt of {tokens} tokens needs {self.bytes_for(tokens)} bytes of PD buffer; pd_buffer_size {self.size} "
-            f"holds {self.tokens} tokens: set pd_buffer_size to at least {self.bytes_for(tokens)}"
+            f"a prompt of {tokens} tokens needs {self.bytes_for(tokens)} bytes of PD buffer; pd_buffer_size "
+            f"{self.size} holds {self.tokens} tokens: set pd_buffer_size to at least {self.bytes_for(tokens)}"
         )
 
 
@@ -88,8 +88,8 @@ def report(config: Any, metadata: Any) -> Capacity:
     found = capacity(config, metadata)
     if found.chunks == 0:
         raise ConfigError(
-            f"pd_buffer_size {found.size} is smaller than one chunk of {found.chunk_tokens} tokens ({found.chunk_bytes} "
-            f"bytes): set it to at least {max(found.chunk_bytes, found.bytes_for(found.longest))}"
+            f"pd_buffer_size {found.size} is smaller than one chunk of {found.chunk_tokens} tokens ("
+            f"{found.chunk_bytes} bytes): set it to at least {max(found.chunk_bytes, found.bytes_for(found.longest))}"
         )
     text = f"pd_buffer_size {found.size} ({config.pd_role}) holds {found.tokens} tokens a rank"
     if not found.longest:

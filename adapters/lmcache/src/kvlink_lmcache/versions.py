@@ -71,6 +71,6 @@ def require(module: ModuleType, name: str, parameters: tuple[str, ...]) -> Calla
 
 def _advice() -> str:
     return (
-        f"Tested: {', '.join(TESTED_LMCACHE)}. Install one of them (pip install --no-deps lmcache=={TESTED_LMCACHE[-1]}) "
-        "or a newer kvlink-lmcache; the native connector (kvlink-vllm) does not need LMCache."
+        f"Tested: {', '.join(TESTED_LMCACHE)}. Install one (pip install --no-deps lmcache=={TESTED_LMCACHE[-1]}) or "
+        "a newer kvlink-lmcache; the native connector (kvlink-vllm) does not need LMCache."
     )

@@ -1,7 +1,7 @@
 """Finds where a cache backend puts a token's values, by writing coded values and looking where they landed.
 
-vLLM's CPU backend packs K and V for its instruction set ("vec", "amx", "neon", ...). The packings are not documented and
-differ, but they never mix values: each goes to one place. So tokens and channels are numbered in small digits that every
+vLLM's CPU backend packs K and V for its instruction set ("vec", "amx", "neon", ...). The packings are not documented
+and differ, but they never mix values: each goes to one place. So all values are numbered in small digits that every
 dtype can hold, written with the backend's own operation into a scratch block, and read back.
 """
 
@@ -96,7 +96,9 @@ def discover(write: Write, *, heads: int, tokens: int, head_size: int, dtype: to
             write(*((coded, empty) if half == 0 else (empty, coded)), cache)
             landed = cache.view(-1).double()
             if not torch.equal(landed, landed.round()) or landed.max() > _BASE or landed.min() < 0:
-                raise PackingError(f"the backend changed values while it stored them ({dtype}): scaled caches do not work")
+                raise PackingError(
+                    f"the backend changed values while it stored them ({dtype}): scaled caches do not work"
+                )
             found |= landed > 0
             element += (landed.long() - 1).clamp_(min=0) * power
             power *= _BASE

@@ -1,9 +1,9 @@
 """What a paged cache looks like: dense blocks, and tokens inside a block.
 
-A *piece* is a tensor in which each block is one dense run of elements; it is kept as a ``[blocks, elements]`` view, so that
-whole blocks move without knowing what is inside. A *token plane* says where in such a run a token's values are, either by
-strides or, where a packing has none, by an index. One piece holds one plane (Ascend's K or V tensor) or two (vLLM's CPU
-cache, whose blocks hold K and V).
+A *piece* is a tensor in which each block is one dense run of elements; it is kept as a ``[blocks, elements]`` view, so
+that whole blocks move without knowing what is inside. A *token plane* says where in such a run a token's values are,
+either by strides or, where a packing has none, by an index. One piece holds one plane (Ascend's K or V tensor) or two
+(vLLM's CPU cache, whose blocks hold K and V).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Piece:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return int(self.blocks.shape[1]) * self.blocks.element_size() // self.tokens
+        return int(self.blocks.shape[1] * self.blocks.element_size()) // self.tokens
 
 
 def build_pieces(caches: Sequence[Any], geometry: Geometry, packing: Packing | None = None) -> list[Piece]:
@@ -167,7 +167,9 @@ def _member(layer: int, tensor: torch.Tensor, position: int, geometry: Geometry)
     if tensor.dim() == 4 and not geometry.mla:
         tensor = _tokens_second(tensor, geometry.kv_heads, geometry.layout in _HEADS_FIRST)
     if tensor.dim() < 3:
-        raise LayoutError(f"layer {layer}, tensor {position}: shape {tuple(tensor.shape)}; expected [blocks, tokens, ...]")
+        raise LayoutError(
+            f"layer {layer}, tensor {position}: shape {tuple(tensor.shape)}; expected [blocks, tokens, ...]"
+        )
     kind = V if position == 1 and not geometry.mla else K
     return _piece(layer, tensor, [(kind, tensor)])
 
@@ -195,9 +197,9 @@ def _single(layer: int, tensor: torch.Tensor, geometry: Geometry, packing: Packi
         whole = _tokens_second(tensor, heads, heads_first)
         return [_piece(layer, tensor, [(K, whole[..., :size]), (V, whole[..., size:])])]
     raise LayoutError(
-        f"layer {layer}: a cache of shape {shape} on {tensor.device} for {heads} KV heads of {size} is of no known form "
-        "([2, blocks, tokens, heads, size], [blocks, heads, tokens, 2 * size], (k, v) tuples, MLA); use the native "
-        "connector (kvlink-vllm), which moves blocks without knowing their form"
+        f"layer {layer}: a cache of shape {shape} on {tensor.device} for {heads} KV heads of {size} is of no known "
+        "form ([2, blocks, tokens, heads, size], [blocks, heads, tokens, 2 * size], (k, v) tuples, MLA); use the "
+        "native connector (kvlink-vllm), which moves blocks without knowing their form"
     )
 
 

@@ -1,12 +1,12 @@
 """The copies between a paged cache and one memory object.
 
-A memory object of T tokens has room for exactly T tokens of every plane, and what stands in it is for the mover alone to
-know. Two forms are used:
+A memory object of T tokens has room for exactly T tokens of every plane, and what stands in it is for the mover alone
+to know. Two forms are used:
 
 - ``blocks``: blocks that the tokens fill lie there as they are in the cache, piece after piece; tokens of the first and
   last block that is not filled stand before and after them, plane after plane. Nothing is repacked except those. The
   engine that reads must have the same block size and packing; kvlink compares them when two channels meet.
-- ``tokens``: all tokens, K of all layers and then V of all layers. This is LMCache's ``KV_2LTD``, which other connectors
+- ``tokens``: all tokens, K of all layers and then V of all layers. This is LMCache's ``KV_2LTD``, which others
   understand too; needed where objects outlive the engine (disk, remote stores).
 """
 

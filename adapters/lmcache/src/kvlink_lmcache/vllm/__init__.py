@@ -1,8 +1,8 @@
 """LMCache's connector for vLLM with kvlink's channels.
 
 Load it with ``--kv-transfer-config '{"kv_connector": "KVLinkLMCacheConnector", "kv_connector_module_path":
-"kvlink_lmcache.vllm", "kv_role": "kv_producer", ...}'``. The class is built on first use, because its base is LMCache's,
-or LMCache-Ascend's where that is installed.
+"kvlink_lmcache.vllm", "kv_role": "kv_producer", ...}'``. The class is built on first use, because its base is
+LMCache's, or LMCache-Ascend's where that is installed.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def check_lmcache_config(vllm_config: Any) -> None:
     try:
         config = lmcache_get_or_create_config()
     except AssertionError as error:
-        raise ConfigError(f"LMCache refuses its configuration: {error or 'a key that its mode needs is missing'}") from error
+        raise ConfigError(
+            f"LMCache refuses its configuration: {error or 'a key that its mode needs is missing'}"
+        ) from error
     parallel = vllm_config.parallel_config
     check_config(config, tp_size=int(parallel.tensor_parallel_size), kv_role=vllm_config.kv_transfer_config.kv_role)
     if config.enable_pd and (parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1):
@@ -111,7 +113,9 @@ def check_config(config: Any, *, tp_size: int, kv_role: str) -> None:
         if ports is None:
             raise ConfigError(f"{key} is missing; a {config.pd_role} needs one port a rank, {tp_size} in all")
         if len(ports) < tp_size:
-            raise ConfigError(f"{key} has {len(ports)} ports ({ports}); --tensor-parallel-size {tp_size} needs {tp_size}")
+            raise ConfigError(
+                f"{key} has {len(ports)} ports ({ports}); --tensor-parallel-size {tp_size} needs {tp_size}"
+            )
         if len(set(ports)) < len(ports):
             raise ConfigError(f"{key} names a port twice: {ports}")
     if config.pd_role == "receiver" and not config.pd_peer_host:
@@ -148,7 +152,9 @@ def _check_device(device: Any) -> None:
     if kind not in ("npu", "cuda", "xpu", "hpu", "musa"):
         raise ConfigError(f"pd_buffer_device is {device!r}; expected 'npu' or 'cpu'")
     if available is None or not available():
-        raise ConfigError(f"pd_buffer_device is {device!r}, and this machine has none that torch can use: set it to cpu")
+        raise ConfigError(
+            f"pd_buffer_device is {device!r}, and this machine has none that torch can use: set it to cpu"
+        )
 
 
 def _hashes_by_seed(config: Any) -> bool:

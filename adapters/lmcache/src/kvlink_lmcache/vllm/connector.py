@@ -73,7 +73,7 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
             LayoutError: Caches of an unknown form.
         """
         engine = self._lmcache_engine.lmcache_engine
-        connector = getattr(engine, "gpu_connector", None)
+        connector: Any = getattr(engine, "gpu_connector", None)
         if hasattr(connector, "bind"):
             connector.bind(list(kv_caches.values()))
         super().register_kv_caches(kv_caches)
@@ -81,7 +81,7 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
 
     def _refuse_degraded(self, what: str) -> None:
         """LMCache catches what goes wrong at start and computes everything anew for ever; kvlink says so at once."""
-        manager = getattr(self._lmcache_engine, "_manager", None)
+        manager: Any = getattr(self._lmcache_engine, "_manager", None)
         if getattr(manager, "_init_failed", False):
             reason = str(manager._init_failed_reason).strip().splitlines()
             raise StartError(f"LMCache could not {what}: {reason[-1] if reason else 'it gave no reason'}")

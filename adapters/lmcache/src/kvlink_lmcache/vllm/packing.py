@@ -32,13 +32,14 @@ def cpu_packing(tensor: torch.Tensor, geometry: Geometry) -> Packing | None:
     if tensor.shape[1] != geometry.kv_heads or tensor.shape[3] != 2 * geometry.head_size:
         return None
     try:
-        from vllm import _custom_ops
         from vllm.v1.attention.backends import cpu_attn
+
+        from vllm import _custom_ops
 
         name = cpu_attn._get_attn_isa
     except (ImportError, AttributeError) as error:
         raise PackingError(
-            f"this vLLM has no operation that stores into its CPU cache ({error}); kvlink-lmcache on CPU needs vLLM >= 0.23"
+            f"this vLLM has no operation that stores into its CPU cache ({error}): install vLLM >= 0.23"
         ) from None
     tokens, dtype = int(tensor.shape[2]), tensor.dtype
     given = (dtype, tokens, geometry.head_size, None)

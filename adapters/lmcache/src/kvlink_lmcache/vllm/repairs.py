@@ -1,9 +1,9 @@
 """What the seed's two source patches of vLLM repair, done at run time.
 
-``docker/vllm-sched.diff`` makes a scheduler ask a connector again that answers None. vLLM's own scheduler does that since
-0.11; only vLLM-Ascend's (up to 0.11, with ``ascend_scheduler_config``) does not, and is refused: its loop cannot be repaired
-from outside. ``docker/vllm-utils.diff`` replaces ``os.sched_yield`` by ``time.sleep(0)`` on Arm in the loops that wait for
-shared memory; that is a function that can be rebound.
+``docker/vllm-sched.diff`` makes a scheduler ask a connector again that answers None. vLLM's own schedulers do that in
+all versions supported here; only vLLM-Ascend's (up to 0.11, with ``ascend_scheduler_config``) does not, and is refused: its
+loop cannot be repaired from outside. ``docker/vllm-utils.diff`` replaces ``os.sched_yield`` by ``time.sleep(0)`` on Arm
+in the loops that wait for shared memory; that is a function that can be rebound.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def check_scheduler(scheduler: Any) -> None:
         return
     if "get_num_new_matched_tokens" in source and "is None" not in source.split("get_num_new_matched_tokens", 1)[1]:
         raise UnsupportedVLLM(
-            f"{scheduler.__module__}.{scheduler.__qualname__} does not ask a KV connector again that answers None, which "
-            "LMCache does while it looks a prompt up (docker/vllm-sched.diff of LMCache-Ascend repairs that in the source): "
+            f"{scheduler.__module__}.{scheduler.__qualname__} does not ask a KV connector again that answers "
+            "None, which LMCache does while it looks a prompt up (docker/vllm-sched.diff repairs that in the source): "
             "remove ascend_scheduler_config from --additional-config, or install vllm-ascend >= 0.12"
         )
 
