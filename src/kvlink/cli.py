@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from .errors import ConfigError, KvlinkError
 
 _COMMANDS = {
-    "channels": "list the installed channels",
+    "channels": "list the installed channels and whether they work here",
     "probe": "can this host use a channel, and if not why",
     "conform": "run the conformance kit against a channel",
     "bench": "measure transfers between two processes on this host",
@@ -59,22 +59,47 @@ def _print(text: str) -> None:
 def _channels(arguments: Sequence[str]) -> int:
     parser = _command_parser("channels")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser.add_argument("--no-probe", action="store_true", help="do not ask whether they work here; start no process")
     parsed = parser.parse_args(arguments)
     from .registry import channels
 
-    found = channels()
+    rows: list[dict[str, Any]] = [
+        {"name": info.name, "distribution": info.distribution, "version": info.version} for info in channels()
+    ]
+    if not parsed.no_probe:
+        for row, (usable, reason) in zip(rows, _ask_all([row["name"] for row in rows]), strict=True):
+            row.update(usable=usable, reason=reason)
     if parsed.json:
-        rows = [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in found]
         _print(json.dumps(rows, indent=2))
         return 0
-    if not found:
+    if not rows:
         _print("no channel is installed")
         return 0
-    table = [("NAME", "PACKAGE", "VERSION"), *((info.name, info.distribution, info.version) for info in found)]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for row in table:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = [("NAME", "PACKAGE", "VERSION", "" if parsed.no_probe else "HERE")]
+    for row in rows:
+        here = "" if parsed.no_probe else "usable" if row["usable"] else f"not usable: {row['reason']}"
+        table.append((row["name"], row["distribution"], row["version"], here))
+    widths = [max(len(row[column]) for row in table) for column in range(3)] + [0]
+    for line in table:
+        _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return 0
+
+
+def _ask_all(names: Sequence[str]) -> list[tuple[bool, str]]:
+    """Probes channels side by side, each in its own child; a name that two distributions offer is not usable."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from . import registry
+
+    def ask(name: str) -> tuple[bool, str]:
+        try:
+            result = registry.probe(name)
+        except KvlinkError as error:
+            return False, error.message
+        return result.usable, result.reason
+
+    with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
+        return list(pool.map(ask, names))
 
 
 def _probe(arguments: Sequence[str]) -> int:

@@ -62,12 +62,29 @@ def test_wrong_input_is_one_line_and_code_2(capsys, arguments):
     assert "error: " in err
 
 
-def test_channels(capsys):
+def test_channels(capsys, monkeypatch):
+    monkeypatch.setattr("kvlink.registry.probe", lambda name: ProbeResult(name, name == "host", "no device", "noise"))
     code, out, _ = run(capsys, "channels")
     assert code == 0
-    assert out.splitlines()[0].split() == ["NAME", "PACKAGE", "VERSION"]
-    assert "host" in out
+    assert out.splitlines()[0].split() == ["NAME", "PACKAGE", "VERSION", "HERE"]
+    (host,) = (line for line in out.splitlines() if line.startswith("host "))
+    assert host.endswith("  usable")
     code, out, _ = run(capsys, "channels", "--json")
+    assert {"name", "distribution", "version", "usable", "reason"} == set(json.loads(out)[0])
+
+
+def test_channels_says_why_one_does_not_work_here(capsys, monkeypatch):
+    monkeypatch.setattr("kvlink.registry.probe", lambda name: ProbeResult(name, False, "no device", "noise"))
+    _, out, _ = run(capsys, "channels")
+    assert all(line.endswith("  not usable: no device") for line in out.splitlines()[1:])
+
+
+def test_channels_without_probing(capsys, monkeypatch):
+    monkeypatch.delattr("kvlink.registry.probe")
+    code, out, _ = run(capsys, "channels", "--no-probe")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["NAME", "PACKAGE", "VERSION"]
+    code, out, _ = run(capsys, "channels", "--no-probe", "--json")
     assert {"name", "distribution", "version"} == set(json.loads(out)[0])
 
 
