@@ -304,9 +304,7 @@ ENVIRONMENTS = [
 
 
 @pytest.mark.parametrize(("env", "code"), ENVIRONMENTS, ids=[str(index) for index in range(len(ENVIRONMENTS))])
-def test_rule_14_the_environment_is_checked_at_the_first_init(
-    make_host: Hosts, env: dict[str, str], code: int
-) -> None:
+def test_rule_14_the_environment_is_checked_at_the_first_init(make_host: Hosts, env: dict[str, str], code: int) -> None:
     host = {key: value for key, value in make_host().items() if not key.startswith("HCCL_")}
     with Agent({**host, **env}) as one:
         one.start(0)
