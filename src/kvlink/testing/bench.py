@@ -109,7 +109,7 @@ def plain_refusal(bench: Bench) -> str | None:
 
     A path that moves shared memory only (an option of the provider may ask for it) says so in this way.
     """
-    unit = max(1, bench.attributes.memory_alignment)
+    unit = max(1, bench.attributes.memory_alignment, bench.settings.plain_alignment)
     name, options = channel_of(bench.settings)
     defaults = {"provider": name, "options": options, "device": bench.settings.device}
     one = LocalEndpoint("a", defaults)

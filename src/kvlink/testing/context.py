@@ -143,6 +143,7 @@ class Context:
 
     def sided(self, endpoint: E) -> E:
         """Gives a new endpoint its side of the settings' ``pair``: a case's first the first, all others the second."""
+        endpoint.plain_alignment = self.settings.plain_alignment
         if self.settings.pair:
             endpoint.any_kind = self.settings.pair[min(self._sides, 1)]
             self._sides += 1

@@ -30,6 +30,7 @@ class Endpoint:
     name: str
     open_defaults: Mapping[str, Any]
     any_kind: str = "plain"  # what "any" means here
+    plain_alignment: int = 1
 
     def start(self, command: str, **arguments: Any) -> Future[Any]:
         """Runs a command in the background."""
@@ -75,10 +76,11 @@ class Endpoint:
         return dict(self.call("statistics", channel=channel))
 
     # ---- memory ----
-    def memory(self, name: str, nbytes: int, seed: int, *, kind: str = "plain", **more: Any) -> int:
+    def memory(self, name: str, nbytes: int, seed: int, *, kind: str = "plain", alignment: int = 1, **more: Any) -> int:
         """Makes a region filled with the pattern of ``seed``; returns its handle. Kind "any" is this side's own."""
         kind = self.any_kind if kind == "any" else kind
-        return int(self.call("memory", name=name, nbytes=nbytes, seed=seed, kind=kind, **more))
+        alignment = max(alignment, self.plain_alignment)
+        return int(self.call("memory", name=name, nbytes=nbytes, seed=seed, kind=kind, alignment=alignment, **more))
 
     def fill(self, name: str, seed: int) -> None:
         """Fills a region with the pattern of ``seed``."""

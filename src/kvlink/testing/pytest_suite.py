@@ -27,6 +27,7 @@ class ProviderSuite:
         stream: "module:function" that returns a device stream's handle, for providers that claim STREAM.
         devices: Of this process and of the others, for providers that connect two devices.
         pair: Kinds of memory of the two sides of a link wherever a case takes any.
+        plain_alignment: Of the address of plain memory, where the provider refuses other memory.
         refusals: Cases (patterns of ids, "?" and "*") that this setting has to refuse, and what the refusal says
             (regular expressions): the case counts as skipped when it fails with that text, and fails when it passes.
         skips: Regular expressions of the reasons with which a case may skip; None = any declared reason.
@@ -43,6 +44,7 @@ class ProviderSuite:
     stream: ClassVar[str] = ""
     devices: ClassVar[tuple[str, ...]] = ()
     pair: ClassVar[tuple[str, ...]] = ()
+    plain_alignment: ClassVar[int] = 1
     refusals: ClassVar[Mapping[str, str]] = {}
     skips: ClassVar[tuple[str, ...] | None] = None
     groups: ClassVar[tuple[str, ...] | None] = None
@@ -62,6 +64,7 @@ class ProviderSuite:
             stream=cls.stream,
             devices=cls.devices,
             pair=cls.pair,
+            plain_alignment=cls.plain_alignment,
         )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -106,6 +106,7 @@ class Settings:
         memory: Kinds of memory that must be served: "plain", "allocated", "device". Others are tested where served.
         stream: "module:function" that returns the handle of a device stream, for providers that claim STREAM.
         pair: Kinds of memory of the two sides, wherever a case takes any: the first endpoint of a case gets the first.
+        plain_alignment: Of the address of plain memory, where the provider refuses other memory at registration.
         devices: Where two ends of a link need a device each and a process each: this process uses the first, every
             other process the next. Overrides ``device``.
     """
@@ -120,6 +121,7 @@ class Settings:
     stream: str = ""
     devices: tuple[str, ...] = ()
     pair: tuple[str, ...] = ()
+    plain_alignment: int = 1
 
     def __post_init__(self) -> None:
         if self.pair and (len(self.pair) != 2 or not set(self.pair) <= {"plain", "allocated", "device"}):

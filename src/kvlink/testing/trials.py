@@ -88,7 +88,7 @@ class Trials:
             register(good, name="wrong", access="x")
 
     def do_cycle_regions(
-        self, *, kind: str, nbytes: int, warm_up: int, count: int, channel: str = MAIN
+        self, *, kind: str, nbytes: int, warm_up: int, count: int, alignment: int, channel: str = MAIN
     ) -> dict[str, int]:
         """Registers and closes a region again and again.
 
@@ -97,7 +97,8 @@ class Trials:
             ``warm_up``.
         """
         opened = self._channels[channel]
-        plain = np.zeros(nbytes, dtype=np.uint8)
+        plain = np.zeros(nbytes + alignment, dtype=np.uint8)
+        plain = plain[-plain.ctypes.data % alignment :][:nbytes]
         before: dict[str, int] = {}
         for index in range(warm_up + count):
             if index == warm_up:
@@ -105,7 +106,8 @@ class Trials:
             if kind == "plain":
                 opened.register(plain, name="cycle").close()
             else:
-                opened.allocate(nbytes, name="cycle").close()
+                device = "cpu" if kind == "allocated" else None
+                opened.allocate(nbytes, name="cycle", device=device).close()
         after = resources.usage()
         return {name: after[name] - before[name] for name in before}
 

@@ -164,7 +164,8 @@ def refusal(context: Context) -> None:
 def other_provider(context: Context) -> None:
     """Provider names differ: refused, naming both."""
     a, b = context.local("a"), context.remote("b", through_hook=True)
-    a.call("open", provider=context.settings.provider, options=dict(context.settings.options))
+    options = dict(context.settings.options)
+    a.call("open", provider=context.settings.provider, options=options, device=context.settings.device)
     address = b.open()
     with context.error(errors.VersionMismatch, operation="connect") as caught:
         a.connect(address)

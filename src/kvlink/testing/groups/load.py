@@ -159,10 +159,11 @@ def attributes(context: Context) -> None:
 def two_calls(context: Context) -> None:
     """NULL, too short, exact and longer buffers; the blob stays the same and within its limit."""
     nbytes = max(65_536, context.attributes.memory_alignment)
+    alignment = max(1, context.attributes.memory_alignment, context.settings.plain_alignment)
     with _engine(context) as engine:
         memory = ffi.new("char[]", 2 * nbytes)
         address = int(ffi.cast("uintptr_t", memory))
-        address += -address % max(1, context.attributes.memory_alignment)
+        address += -address % alignment
         kind = 0 if context.attributes.memory_kinds & 1 else 1
         if kind:
             out = ffi.new("uint64_t *")
@@ -239,7 +240,7 @@ def _load(endpoint: RemoteEndpoint, variant: str) -> str:
 def _loader(context: Context) -> RemoteEndpoint:
     child = ChildProcess("kvlink.testing.agent", environ={"KVLINK_HOOK_LIBRARY": context.spec.library_path()})
     context.adopt(child)
-    return RemoteEndpoint("the loader", {}, child)
+    return context.sided(RemoteEndpoint("the loader", {}, child))
 
 
 @case("load", "the loader takes a provider of an older table", profile="load", timeout=60)
@@ -252,7 +253,7 @@ def older_table(context: Context) -> None:
     options = dict(context.settings.options)
     options["hook_mask"] = "CANCEL,INTERRUPT,LINK_CHECK,STATISTICS"
     other = context.local("other", through_hook=True)
-    endpoint.call("open", provider="hook", options=options, device=context.settings.device)
+    endpoint.call("open", provider="hook", options=options, device=context.settings.device_of(1))
     address = other.open(options={"hook_mask": "CANCEL,INTERRUPT,LINK_CHECK,STATISTICS"})
     endpoint.memory("a", 1 << 16, 1, kind=context.kind)
     other.memory("b", 1 << 16, 2, kind=context.kind)

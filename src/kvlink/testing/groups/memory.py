@@ -199,7 +199,15 @@ def _cycles(context: Context, count: int) -> None:
     endpoint.open()
     size = round_up(65_536, max(1, context.attributes.memory_alignment))
     for kind in context.kinds:
-        found = endpoint.call("cycle_regions", kind=kind, nbytes=size, warm_up=200, count=count, deadline=200.0)
+        found = endpoint.call(
+            "cycle_regions",
+            kind=kind,
+            nbytes=size,
+            warm_up=200,
+            count=count,
+            alignment=context.settings.plain_alignment,
+            deadline=200.0,
+        )
         what = f"after {count} register and close of {kind} memory"
         check(found["descriptors"] == 0, f"{found['descriptors']} more descriptors {what}")
         check(found["mappings"] <= 8, f"{found['mappings']} more mappings {what}")
