@@ -40,7 +40,6 @@ Failure parse_settings(const kvl_engine_params &params, Settings *settings) {
   table.number("host_limit", 0, UINT64_MAX - 1, &settings->host_limit);
   Failure failure = table.parse(params);
   if (!failure.ok()) return failure;
-  settings->complete();
   if (settings->rdma_traffic_class != kUnset && settings->rdma_traffic_class % 4 != 0) {
     return make_failure(KVL_INVALID, "engine_open",
                         "option rdma_traffic_class is %llu; the vendor takes multiples of 4 from 0 to 252",
@@ -53,6 +52,8 @@ Failure parse_settings(const kvl_engine_params &params, Settings *settings) {
                         settings->device_ip.empty() ? "server_id" : "device_ip",
                         (settings->device_ip.empty() ? settings->server_id : settings->device_ip).c_str());
   }
+  failure = settings->complete();
+  if (!failure.ok()) return failure;
   failure = ascend::parse_device(params.device, &settings->device);
   if (!failure.ok()) return failure;
   const std::string host = settings->engine_host.empty() ? settings->advertise_host : settings->engine_host;
