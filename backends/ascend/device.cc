@@ -2,6 +2,8 @@
 
 #include <cinttypes>
 #include <cstring>
+#include <mutex>
+#include <set>
 
 #include "ascend/errors.h"
 
@@ -44,6 +46,15 @@ Failure count_devices(const AclApi &acl, uint32_t *count) {
     return failure;
   }
   return {};
+}
+
+// True when the caller's reference is this process's first on the device, which is never given back: a thread that had
+// no context keeps the device's (ACL has no way to set none), and a reset would leave it with a dead one.
+bool keep_first_reference(int32_t device) {
+  static std::mutex mutex;
+  static std::set<int32_t> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return kept.insert(device).second;
 }
 
 }  // namespace
@@ -132,7 +143,7 @@ Failure Device::start(int32_t device) {
   if (code != ACL_SUCCESS) {
     return acl_failure(*acl_, "aclrtSetDevice", code, "npu:" + std::to_string(device) + " cannot be used");
   }
-  referenced_ = true;
+  referenced_ = !keep_first_reference(device);
   code = acl_->aclrtGetCurrentContext(&context_);
   if (code != ACL_SUCCESS) {
     return acl_failure(*acl_, "aclrtGetCurrentContext", code, "npu:" + std::to_string(device) + " has no context");
