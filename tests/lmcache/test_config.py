@@ -182,7 +182,7 @@ def test_misspelt_keys_of_the_connector_are_refused(key, hint):
 
 def test_the_connectors_own_keys_are_taken():
     checks.check_connector_keys(
-        {"discard_partial_chunks": False, "lmcache_rpc_port": "p", "skip_last_n_tokens": 1, "lmcache.x": 1}
+        {"discard_partial_chunks": False, "lmcache_rpc_port": "p", "skip_last_n_tokens": 1, "lmcache.chunk_size": 1}
     )
 
 

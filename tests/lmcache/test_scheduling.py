@@ -164,3 +164,18 @@ def test_repairing_twice_changes_nothing():
     before = adapter.LMCacheConnectorV1Impl.build_connector_meta
     scheduling.repair(adapter.LMCacheConnectorV1Impl)
     assert adapter.LMCacheConnectorV1Impl.build_connector_meta is before
+
+
+def test_a_derived_class_with_a_method_of_its_own_is_repaired_once():
+    """LMCache-Ascend's: it overrides the method and may call LMCache's, which is repaired too."""
+
+    class Derived(adapter.LMCacheConnectorV1Impl):
+        def build_connector_meta(self, scheduler_output):
+            return super().build_connector_meta(scheduler_output)
+
+    scheduling.repair(Derived)
+    scheduler = Scheduler()
+    scheduler.connector.__class__ = Derived
+    request = scheduler.request("a", 21)
+    steps = [scheduler.step(request, 8, new=True), scheduler.step(request, 13, new=False)]
+    assert [sent(step) for step in steps] == [[(0, 8)], [(8, 21)]]

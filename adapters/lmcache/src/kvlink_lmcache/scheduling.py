@@ -7,15 +7,16 @@ import functools
 from typing import Any
 
 _MARK = "__kvlink_repaired__"
+_TOLD = "kvlink_told"
 
 
 def repair(implementation: Any) -> None:
-    """Wraps the two methods of ``LMCacheConnectorV1Impl``; a second call does nothing.
+    """Wraps the two methods of ``LMCacheConnectorV1Impl`` or of a class derived from it; a second call does nothing.
 
     Args:
         implementation: The class.
     """
-    if getattr(implementation, _MARK, False):
+    if _MARK in vars(implementation):
         return
     setattr(implementation, _MARK, True)
     build = implementation.build_connector_meta
@@ -29,7 +30,9 @@ def repair(implementation: Any) -> None:
             handed.pop(request_id, None)
         meta.requests = [request for request in meta.requests if not only_for_senders(self.config, request)]
         for request in meta.requests:
-            tell_progress(request, handed)
+            if not getattr(request, _TOLD, False):  # a derived class's method and its base's are both wrapped
+                tell_progress(request, handed)
+                setattr(request, _TOLD, True)
         return meta
 
     @functools.wraps(finish)

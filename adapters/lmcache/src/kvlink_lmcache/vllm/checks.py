@@ -15,6 +15,7 @@ logger = get_logger()
 
 # What LMCache's connector reads from kv_connector_extra_config, apart from the keys "lmcache.<any of its own>".
 CONNECTOR_KEYS = ("discard_partial_chunks", "lmcache_rpc_port", "skip_last_n_tokens")
+CONNECTOR_LMCACHE_KEYS = ("max_tokens_per_load",)  # read there and no key of LMCache's configuration
 
 
 class UnsupportedFeature(RuntimeError):
@@ -51,7 +52,10 @@ def check_connector_keys(extra: Mapping[str, Any]) -> None:
         ConfigError: With the nearest key.
     """
     for key in extra:
-        if key in CONNECTOR_KEYS or key.startswith("lmcache."):
+        if key in CONNECTOR_KEYS:
+            continue
+        if key.startswith("lmcache."):
+            _check_lmcache_key(key.removeprefix("lmcache."))
             continue
         if key.startswith("kvlink.") or key == "transfer_channel":
             raise ConfigError(
@@ -61,6 +65,17 @@ def check_connector_keys(extra: Mapping[str, Any]) -> None:
         near = get_close_matches(key, CONNECTOR_KEYS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CONNECTOR_KEYS)}, lmcache.<key>"
         raise ConfigError(f"unknown key {key!r} in kv_connector_extra_config: {hint}")
+
+
+def _check_lmcache_key(key: str) -> None:
+    """LMCache takes its own keys from there too, and drops what it does not know with a warning."""
+    from lmcache.v1 import config
+
+    known = [*config._CONFIG_DEFINITIONS, *CONNECTOR_LMCACHE_KEYS]
+    if key not in known:
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean 'lmcache.{near[0]}'?" if near else "see docs/lmcache.md for all keys"
+        raise ConfigError(f"unknown key 'lmcache.{key}' in kv_connector_extra_config: {hint}")
 
 
 def check_lmcache_config(vllm_config: Any) -> None:
@@ -73,9 +88,13 @@ def check_lmcache_config(vllm_config: Any) -> None:
         ConfigError: A misspelt key, a list of ports shorter than TP, roles that do not match, a device that is none.
     """
     from lmcache.integration.vllm.utils import lmcache_get_or_create_config
+    from lmcache.v1.config_base import validate_and_set_config_value
 
     try:
         config = lmcache_get_or_create_config()
+        for key, value in (vllm_config.kv_transfer_config.kv_connector_extra_config or {}).items():
+            if key.startswith("lmcache.") and hasattr(config, key.removeprefix("lmcache.")):
+                validate_and_set_config_value(config, key.removeprefix("lmcache."), value)  # as LMCache will do itself
     except AssertionError as error:
         raise ConfigError(
             f"LMCache refuses its configuration: {error or 'a key that its mode needs is missing'}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvlink_lmcache import context
+from kvlink_lmcache import context, scheduling
 from kvlink_lmcache.log import get_logger
 from kvlink_lmcache.vllm import checks, repairs
 
@@ -53,13 +54,11 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
         repairs.install(vllm_config)
         _describe(vllm_config)
         checks.check_lmcache_config(vllm_config)
-        try:
-            super().__init__(vllm_config, role, kv_cache_config)
-        except TypeError:
-            # LMCache-Ascend's takes two arguments, which vLLM >= 0.23 refuses in the base class; see docs/lmcache.md.
-            if _takes_three(_Base):
-                raise
-            super().__init__(vllm_config, role)
+        # LMCache-Ascend's up to 0.4.4 takes two arguments, and vLLM >= 0.23 refuses what it makes of them; all
+        # it does is to call LMCache's.
+        start = _Base if "kv_cache_config" in inspect.signature(_Base.__init__).parameters else _Base.__mro__[1]
+        start.__init__(self, vllm_config, role, kv_cache_config)
+        scheduling.repair(type(self._lmcache_engine))
         self._refuse_degraded("start")
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
@@ -85,12 +84,6 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
         if getattr(manager, "_init_failed", False):
             reason = str(manager._init_failed_reason).strip().splitlines()
             raise StartError(f"LMCache could not {what}: {reason[-1] if reason else 'it gave no reason'}")
-
-
-def _takes_three(base: Any) -> bool:
-    import inspect
-
-    return "kv_cache_config" in inspect.signature(base.__init__).parameters
 
 
 def _describe(vllm_config: Any) -> None:

@@ -1,9 +1,9 @@
 """What the seed's two source patches of vLLM repair, done at run time.
 
 ``docker/vllm-sched.diff`` makes a scheduler ask a connector again that answers None. vLLM's own schedulers do that in
-all versions supported here; only vLLM-Ascend's (up to 0.11, with ``ascend_scheduler_config``) does not, and is refused: its
-loop cannot be repaired from outside. ``docker/vllm-utils.diff`` replaces ``os.sched_yield`` by ``time.sleep(0)`` on Arm
-in the loops that wait for shared memory; that is a function that can be rebound.
+all versions supported here; only vLLM-Ascend's (up to 0.11, with ``ascend_scheduler_config``) does not, and is refused:
+its loop cannot be repaired from outside. ``docker/vllm-utils.diff`` replaces ``os.sched_yield`` by ``time.sleep(0)`` on
+Arm in the loops that wait for shared memory; that is a function that can be rebound.
 """
 
 from __future__ import annotations
