@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvicorn
+import zmq
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -43,6 +45,11 @@ class Behaviour:
     keep_alive: bool = False
     api_key: str | None = None
     model: str = "fake"
+    # Of a prefiller with LMCache: where it reports, what ("ready", "failed", "never" or nothing), for how many ranks.
+    notify: str | None = None
+    report: str | None = "ready"
+    ranks: int = 1
+    names_rank: bool = True
 
 
 @dataclass
@@ -119,6 +126,8 @@ def make_app(engine: Engine) -> Starlette:
                 engine.aborted += 1
                 return Response(status_code=499)
         engine.finished += 1
+        if how.notify and (spec := (params or {}).get("disagg_spec")):
+            report(how, spec["req_id"])
         return JSONResponse(answer.whole())
 
     async def health(_: Request) -> Response:
@@ -140,6 +149,23 @@ def make_app(engine: Engine) -> Starlette:
             Route("/health", health),
         ]
     )
+
+
+def report(how: Behaviour, request_id: str) -> None:
+    """Say what an LMCache prefiller says when its KV is at the decoder, or is not going to be."""
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.PUSH) as push:
+            push.connect(how.notify or "")
+            for rank in range(how.ranks if how.report else 0):
+                place = {"rank": rank, "world_size": how.ranks} if how.names_rank else {}
+                message: dict[str, Any] = {"type": "ProxyNotif", "req_id": request_id, **place}
+                if how.report != "ready":
+                    failure = {"reason": "no room for 24 chunks", "never": how.report == "never"}
+                    message |= {"type": "KVLinkFailureNotif", **failure}
+                push.send(msgspec.msgpack.encode(message))
+    finally:
+        context.term()
 
 
 async def _unless_gone(request: Request, seconds: float) -> bool:
@@ -187,6 +213,8 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": prompt_tokens - 1} if params.get("do_remote_prefill") else None,
         }
         self.params = None
+        if params.get("ret_first_tok"):
+            self.params = {"first_tok": 1000}
         if params.get("do_remote_decode") and not how.no_params:
             self.params = {
                 "do_remote_prefill": True,
@@ -212,6 +240,8 @@ class Answer:
                 choice["message"] = {"role": "assistant", "content": text}
             else:
                 choice["text"] = text
+                if self.body.get("return_token_ids"):
+                    choice |= {"prompt_token_ids": list(range(self.usage["prompt_tokens"])), "token_ids": [1000]}
             choices.append(choice)
         # vLLM 0.32 writes both keys into every answer, null where there is nothing.
         return {

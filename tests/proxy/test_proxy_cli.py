@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvlink_proxy import cli, server
-from kvlink_proxy.config import ProxyConfig, engine_url, pair
+from kvlink_proxy.config import ProxyConfig, Receiver, engine_url, pair
 
 # The command line of the LMCache-Ascend example, as it stands there.
 SEED_LINE = """
@@ -27,14 +27,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ProxyConfig]:
     return configs
 
 
-def test_the_examples_line_asks_for_the_lmcache_flow(
-    started: list[ProxyConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(SEED) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "--flow lmcache (which --decoder-init-port asks for) is not in this version" in lines[0]
-    assert not started
+def test_the_examples_line_asks_for_the_lmcache_flow(started: list[ProxyConfig]) -> None:
+    assert cli.main(SEED) == 0
+    (config,) = started
+    assert config.flow == "lmcache"
+    assert config.receivers == (Receiver("localhost", (7300, 7301), (7400, 7401)),)
+    assert (config.proxy_host, config.proxy_port) == ("localhost", 7500)
+    assert (config.host, config.port, config.prefillers, config.decoders) == (
+        "localhost",
+        9100,
+        ("http://localhost:7100",),
+        ("http://localhost:7200",),
+    )
 
 
 def test_the_examples_line_with_the_native_flow(started: list[ProxyConfig], caplog: pytest.LogCaptureFixture) -> None:
@@ -46,9 +50,51 @@ def test_the_examples_line_with_the_native_flow(started: list[ProxyConfig], capl
     assert "--decoder-init-port and --decoder-alloc-port has no meaning" in caplog.text
 
 
-def test_lmcache_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--flow", "lmcache"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_lmcache_by_name(started: list[ProxyConfig]) -> None:
+    assert cli.main(["--flow", "lmcache"]) == 0
+    (config,) = started
+    assert config.receivers == (Receiver("localhost", (8300,), (8400,)),)
+    assert config.proxy_port == 8500
+
+
+def test_counted_decoders_get_the_next_ports(started: list[ProxyConfig]) -> None:
+    assert cli.main(["--num-decoders", "2", "--decoder-init-port", "7300", "--decoder-alloc-port", "7400"]) == 0
+    assert [receiver.init_ports for receiver in started[0].receivers] == [(7300,), (7301,)]
+
+
+def test_decoders_on_several_hosts_may_have_the_same_ports(started: list[ProxyConfig]) -> None:
+    line = ["--decoder-host", "a,b", "--decoder-init-port", "7300,7301", "--decoder-alloc-port", "7400,7401"]
+    assert cli.main(line) == 0
+    assert [(receiver.host, receiver.init_ports) for receiver in started[0].receivers] == [
+        ("a", (7300, 7301)),
+        ("b", (7300, 7301)),
+    ]
+
+
+def test_each_decoder_may_name_its_ports(started: list[ProxyConfig]) -> None:
+    line = "--decoder localhost:1,localhost:2 --decoder-init-port 10,11 --decoder-init-port 12,13 "
+    line += "--decoder-alloc-port 20,21 --decoder-alloc-port 22,23"
+    assert cli.main(line.split()) == 0
+    assert [receiver.alloc_ports for receiver in started[0].receivers] == [(20, 21), (22, 23)]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--decoder-init-port 1,2 --decoder-alloc-port 3", "names 2 ports and --decoder-alloc-port 1"),
+        (
+            "--num-decoders 2 --decoder-init-port 7300,7301 --decoder-alloc-port 7400,7401",
+            "would both take KV in at localhost:7301",
+        ),
+        ("--decoder a:1,b:2,c:3 --decoder-init-port 1 --decoder-init-port 2", "given 2 times for 3 decoders"),
+        ("--num-decoders 2 --decoder-init-port 65535 --decoder-alloc-port 1", "port 65536, which does not exist"),
+    ],
+)
+def test_ports_that_do_not_fit(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line.split())
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_defaults_are_the_examples(started: list[ProxyConfig]) -> None:

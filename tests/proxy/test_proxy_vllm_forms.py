@@ -77,7 +77,7 @@ def check(kind: str, body: dict[str, Any], streamed: dict[str, Any]) -> None:
         assume(False)  # no engine takes it from a client either
     parsed = rewrite.parse(json.dumps(body).encode())
     assert rewrite.plan(kind, parsed).split
-    request, params = sampling(kind, rewrite.prefill_body(kind, parsed))
+    request, params = sampling(kind, rewrite.prefill_body(kind, parsed, rewrite.PREFILL_PARAMS))
     assert (request.stream, request.n, params.n) == (False, 1, 1)
     assert (params.max_tokens, params.min_tokens, params.logprobs) == (1, 1, None)
     assert params.extra_args["kv_transfer_params"] == dict(rewrite.PREFILL_PARAMS)

@@ -6,14 +6,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from kvlink_proxy import __version__
-from kvlink_proxy.config import ProxyConfig, engine_url, pair
-
-_LMCACHE_LATER = (
-    "kvlink-proxy: --flow lmcache{why} is not in this version; "
-    "start the engines with KVLinkConnector and use --flow native"
-)
+from kvlink_proxy.config import ProxyConfig, Receiver, engine_url, pair, receivers
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -79,12 +75,27 @@ def make_parser() -> argparse.ArgumentParser:
     example.add_argument("--decoder-host", type=_hosts, default=None, metavar="HOST[,HOST]", help="localhost if absent")
     example.add_argument("--decoder-port", type=_ports, default=None, metavar="PORT[,PORT]", help="8200 if absent")
     example.add_argument("--num-decoders", type=int, default=1, help="consecutive ports from one host and port")
-    example.add_argument("--decoder-init-port", type=_ports, metavar="PORT[,PORT]", help="for --flow lmcache")
-    example.add_argument("--decoder-alloc-port", type=_ports, metavar="PORT[,PORT]", help="for --flow lmcache")
-    example.add_argument("--proxy-host", default="localhost", help="for --flow lmcache: where KV-ready messages arrive")
-    example.add_argument("--proxy-port", type=int, default=8500, help="for --flow lmcache")
+    for kind, port in (("init", 8300), ("alloc", 8400)):
+        example.add_argument(
+            f"--decoder-{kind}-port",
+            type=_ports,
+            action="append",
+            metavar="PORT[,PORT]",
+            help=f"--flow lmcache: pd_peer_{kind}_port of the decoders, one a tensor-parallel rank; {port} if absent; "
+            "repeat it for several decoders on one host",
+        )
+    example.add_argument(
+        "--proxy-host", default=defaults.proxy_host, help="--flow lmcache: where prefillers' messages arrive"
+    )
+    example.add_argument("--proxy-port", type=int, default=defaults.proxy_port, help="--flow lmcache: its port")
 
     limits = parser.add_argument_group("failures and limits (seconds unless said)")
+    limits.add_argument(
+        "--first-token",
+        choices=("decoder", "prefiller"),
+        default=defaults.first_token,
+        help="--flow lmcache: who makes the first token; the prefiller's is sooner, for plain requests only",
+    )
     limits.add_argument(
         "--on-prefill-failure", choices=("recompute", "fail"), default="recompute", help="if no prefiller could"
     )
@@ -96,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("answer_timeout", "for a decoder's answer that is not streamed"),
         ("client_timeout", "for a client to send its body or take a piece of an answer"),
         ("lease_seconds", "a hand-off may go to another decoder"),
+        ("kv_ready_timeout", "--flow lmcache: from a prefiller's answer until its KV is at the decoder"),
         ("health_interval", "between two health checks"),
         ("health_timeout", "for an engine's answer to one"),
         ("cooldown", "an engine that failed is chosen last"),
@@ -128,9 +140,15 @@ def make_config(args: argparse.Namespace) -> ProxyConfig:
         args.prefiller_host or ["localhost"], args.prefiller_port or [8100], args.num_prefillers
     )
     decoders = args.decoder or pair(args.decoder_host or ["localhost"], args.decoder_port or [8200], args.num_decoders)
-    names = set(ProxyConfig.__dataclass_fields__) - {"prefillers", "decoders"}
+    flow: Literal["native", "lmcache"] = args.flow or ("lmcache" if args.decoder_init_port else "native")
+    counted = not args.decoder and len(args.decoder_host or "1") == 1 and len(args.decoder_port or "1") == 1
+    places: tuple[Receiver, ...] = ()
+    if flow == "lmcache":
+        init, alloc = args.decoder_init_port or [[8300]], args.decoder_alloc_port or [[8400]]
+        places = receivers(decoders, init, alloc, counted=counted)
+    names = set(ProxyConfig.__dataclass_fields__) - {"prefillers", "decoders", "flow", "receivers"}
     rest = {name: getattr(args, name) for name in names}
-    return ProxyConfig(prefillers=tuple(prefillers), decoders=tuple(decoders), **rest)
+    return ProxyConfig(tuple(prefillers), tuple(decoders), flow=flow, receivers=places, **rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,10 +163,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     given = [f"--decoder-{kind}-port" for kind in ("init", "alloc") if getattr(args, f"decoder_{kind}_port")]
-    if args.flow == "lmcache" or (args.flow is None and args.decoder_init_port):
-        why = "" if args.flow else f" (which {given[0]} asks for)"
-        print(_LMCACHE_LATER.format(why=why), file=sys.stderr)
-        return 2
     try:
         config = make_config(args)
     except ValueError as error:
@@ -158,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
-    if given:
+    if given and config.flow == "native":
         logging.getLogger(__name__).warning("%s has no meaning in --flow native and is ignored", " and ".join(given))
 
     from kvlink_proxy.server import run

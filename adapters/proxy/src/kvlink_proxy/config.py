@@ -9,6 +9,21 @@ from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
+class Receiver:
+    """Where a decoder's LMCache takes KV in.
+
+    Attributes:
+        host: Its host, as prefillers reach it.
+        init_ports: ``pd_peer_init_port`` of its LMCache configuration, one a tensor-parallel rank.
+        alloc_ports: ``pd_peer_alloc_port``, one a rank.
+    """
+
+    host: str
+    init_ports: tuple[int, ...]
+    alloc_ports: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ProxyConfig:
     """Everything the proxy needs to know. Times are seconds.
 
@@ -33,6 +48,13 @@ class ProxyConfig:
         max_concurrent: Requests in work at once; above it the answer is 503.
         max_body_bytes: Largest request body.
         drain_seconds: How long running requests may go on after SIGTERM.
+        flow: "native" for KVLinkConnector, whose answer carries the hand-off; "lmcache" for LMCache, whose prefillers
+            push to a decoder that the proxy chose.
+        first_token: lmcache: who makes the first token. "decoder", or "prefiller", sooner but for plain requests only.
+        kv_ready_timeout: lmcache: from a prefiller's answer until its KV is at the decoder.
+        receivers: lmcache: where each decoder takes KV in, in the order of ``decoders``.
+        proxy_host: lmcache: address on which the prefillers' messages arrive.
+        proxy_port: lmcache: port for them; 0 takes a free one.
     """
 
     prefillers: tuple[str, ...]
@@ -54,6 +76,12 @@ class ProxyConfig:
     max_concurrent: int = 256
     max_body_bytes: int = 32 << 20
     drain_seconds: float = 30.0
+    flow: Literal["native", "lmcache"] = "native"
+    first_token: Literal["decoder", "prefiller"] = "decoder"
+    kv_ready_timeout: float = 30.0
+    receivers: tuple[Receiver, ...] = ()
+    proxy_host: str = "localhost"
+    proxy_port: int = 8500
 
     def __post_init__(self) -> None:
         if not self.prefillers or not self.decoders:
@@ -63,15 +91,72 @@ class ProxyConfig:
         for role, urls in (("prefiller", self.prefillers), ("decoder", self.decoders)):
             if len(set(urls)) != len(urls):
                 raise ValueError(f"a {role} is named twice: {', '.join(urls)}")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port {self.port} is not between 0 and 65535")
+        for name in ("port", "proxy_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 65535")
+        if self.flow == "lmcache" and len(self.receivers) != len(self.decoders):
+            raise ValueError(f"{len(self.decoders)} decoders, but where {len(self.receivers)} take KV in")
         if self.on_prefill_failure not in ("recompute", "fail"):
             raise ValueError(f"on_prefill_failure is recompute or fail, not {self.on_prefill_failure!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("port", "lease_seconds", "cooldown", "drain_seconds") else None
+            least = 0 if field.name in ("port", "proxy_port", "lease_seconds", "cooldown", "drain_seconds") else None
             if isinstance(value, int | float) and (value < 0 or (value == 0 and least is None)):
                 raise ValueError(f"{field.name} must be greater than 0, not {value}")
+
+
+def receivers(
+    decoders: Sequence[str], init: Sequence[Sequence[int]], alloc: Sequence[Sequence[int]], *, counted: bool
+) -> tuple[Receiver, ...]:
+    """Say where each decoder takes KV in, by the rules of LMCache's example proxy.
+
+    Args:
+        decoders: URLs of the decoders.
+        init: ``--decoder-init-port``: one list for all decoders or one for each; a list has one port for every
+            tensor-parallel rank.
+        alloc: ``--decoder-alloc-port``, in the same way.
+        counted: The decoders came of one host and one port with ``--num-decoders``: where one list is given, the ports
+            of each decoder are one higher than those of the one before. Otherwise all decoders have the same.
+
+    Returns:
+        One receiver a decoder.
+
+    Raises:
+        ValueError: The lists do not fit together, or two decoders on one host would have a port in common.
+    """
+    for name, lists in (("init", init), ("alloc", alloc)):
+        if len(lists) not in (1, len(decoders)):
+            raise ValueError(
+                f"--decoder-{name}-port is given {len(lists)} times for {len(decoders)} decoders; give it once for all "
+                "or once for each"
+            )
+    found: list[Receiver] = []
+    owners: dict[tuple[str, int], str] = {}
+    for number, url in enumerate(decoders):
+        host = urlsplit(url).hostname or ""
+        ports = [_ports_of(lists, number, counted) for lists in (init, alloc)]
+        if len(ports[0]) != len(ports[1]):
+            raise ValueError(
+                f"--decoder-init-port names {len(ports[0])} ports and --decoder-alloc-port {len(ports[1])}; "
+                "each needs one for every tensor-parallel rank of a decoder"
+            )
+        for port in (*ports[0], *ports[1]):
+            if port > 65535:
+                raise ValueError(f"decoder {url} would take KV in at port {port}, which does not exist")
+            owner = owners.setdefault((host, port), url)
+            if owner != url:
+                raise ValueError(
+                    f"decoders {owner} and {url} would both take KV in at {host}:{port}; with several decoders on one "
+                    "host give --decoder-init-port and --decoder-alloc-port once for each decoder, in order"
+                )
+        found.append(Receiver(host, *ports))
+    return tuple(found)
+
+
+def _ports_of(lists: Sequence[Sequence[int]], number: int, counted: bool) -> tuple[int, ...]:
+    if len(lists) > 1:
+        return tuple(lists[number])
+    return tuple(port + (number if counted else 0) for port in lists[0])
 
 
 def check_url(url: str) -> None:

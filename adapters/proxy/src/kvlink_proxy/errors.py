@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-HopKind = Literal["connect", "transport", "timeout", "status", "stream", "no_kv_params", "unavailable"]
+HopKind = Literal["connect", "transport", "timeout", "status", "stream", "no_kv_params", "unavailable", "kv"]
 
 _TYPES = {
     400: "BadRequestError",

@@ -74,11 +74,16 @@ class Exchange:
         await self.finish(body)
 
     async def fail(self, error: ProxyError | PassThrough) -> None:
-        """Send an error, where no answer has begun.
+        """Send an error: as the answer, or as the last event of a stream that has begun.
 
         Args:
             error: What to say.
         """
+        if self.started:
+            status = error.status
+            body = error.body if isinstance(error, PassThrough) else error_body(status, str(error))
+            await self.finish(b"data: " + body + b"\n\n")
+            return
         if isinstance(error, PassThrough):
             await self.whole(error.status, error.headers, error.body)
             return

@@ -20,6 +20,8 @@ class Metrics:
         first_byte: Seconds from a streamed request's arrival to the first bytes of its answer, by route.
         duration: Seconds from a request's arrival to the end of its answer.
         prefill: Seconds of a prefiller's answer.
+        kv_ready: lmcache flow: seconds from a prefiller's answer until its KV is at the decoder.
+        handoffs: lmcache flow: hand-offs by outcome ("ready", "failed", "never", "timeout").
         active: Requests in work.
         in_flight: Requests in work at an engine.
         load: Their size, in bytes of request body.
@@ -50,6 +52,13 @@ class Metrics:
         self.prefill = Histogram(
             f"{name}_prefill_seconds", "A prefiller's answer", ["engine"], buckets=_SECONDS, registry=registry
         )
+        self.kv_ready = Histogram(
+            f"{name}_kv_ready_seconds",
+            "From a prefiller's answer until its KV is at the decoder",
+            buckets=(0.001, 0.005, *_SECONDS),
+            registry=registry,
+        )
+        self.handoffs = Counter(f"{name}_handoffs", "Hand-offs through LMCache", ["outcome"], registry=registry)
         self.active = Gauge(f"{name}_active_requests", "Requests in work", registry=registry)
         self.in_flight = Gauge(
             f"{name}_engine_in_flight", "Requests in work at an engine", ["role", "engine"], registry=registry

@@ -1,4 +1,4 @@
-"""The native flow: a prefiller's answer carries the hand-off, the decoder makes every token.
+"""One request's way over a prefiller and a decoder, and the native flow.
 
 The decoder recomputes only the prompt's last token, so everything about the output (its first token, log
 probabilities, ``n``, stops, usage) comes from one engine, and from the client's own settings.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvlink_proxy.config import ProxyConfig
 from kvlink_proxy.engines import Engine, EnginePool
 from kvlink_proxy.errors import HopError, PassThrough, error_body
 from kvlink_proxy.exchange import ClientGone, Exchange
+from kvlink_proxy.first_token import Opening
 from kvlink_proxy.headers import RawHeaders, to_client
 from kvlink_proxy.metrics import Metrics
 from kvlink_proxy.sse import EventFilter, error_event, first_error
@@ -40,6 +41,7 @@ class Job:
         weight: Its size in bytes.
         exchange: Where the answer goes.
         route: How it is served: "split", "plain", or "recompute".
+        opening: What the client has of the output already, and how the rest joins it; None when the decoder makes all.
         began: ``time.monotonic()`` of its arrival.
     """
 
@@ -49,6 +51,7 @@ class Job:
     weight: int
     exchange: Exchange
     route: str = "plain"
+    opening: Opening | None = None
     began: float = field(default_factory=time.monotonic)
 
     def hop_headers(self, suffix: str) -> RawHeaders:
@@ -63,8 +66,8 @@ class Job:
         return [*self.headers, (b"x-request-id", f"{self.exchange.id}-{suffix}".encode())]
 
 
-class NativeFlow:
-    """Serves requests by prefilling on one engine and decoding on another.
+class Flow:
+    """Serves requests by prefilling on one engine and decoding on another; how the KV gets there is the subclass's.
 
     Attributes:
         prefillers: The prefill engines.
@@ -99,24 +102,35 @@ class NativeFlow:
             PassThrough: An engine refused it; nothing was sent yet.
             ClientGone: The client does not take its answer.
         """
-        plan = rewrite.plan(job.endpoint, job.body)
-        reason = plan.reason
-        handoff: Handoff | None = None
-        if plan.split:
-            result = await self._prefill(job)
-            if isinstance(result, Handoff):
-                handoff, job.route = result, "split"
-                job.exchange.notes["x-kvlink-prefill-ms"] = f"{result.seconds * 1e3:.1f}"
-            elif self._config.on_prefill_failure == "fail":
-                raise result.to_client()
-            else:
-                job.route, reason = "recompute", result.kind
-                logger.warning("request %s: the decoder computes the prompt: %s", job.exchange.id, result)
-        return await self._decode(job, handoff, reason)
+        raise NotImplementedError
 
-    async def _prefill(self, job: Job) -> Handoff | HopError:
+    def _prefilled(self, job: Job, result: Handoff | HopError) -> str:
+        """Note how the prefill ended.
+
+        Returns:
+            Why the decoder computes the prompt; empty where it need not.
+
+        Raises:
+            ProxyError: It failed, and that is the request's end.
+        """
+        if isinstance(result, Handoff):
+            job.route = "split"
+            job.exchange.notes["x-kvlink-prefill-ms"] = f"{result.seconds * 1e3:.1f}"
+            return ""
+        if self._config.on_prefill_failure == "fail":
+            raise result.to_client()
+        job.route = "recompute"
+        logger.warning("request %s: the decoder computes the prompt: %s", job.exchange.id, result)
+        return result.kind
+
+    async def _prefill(self, job: Job, ask: Callable[[Engine, str], Awaitable[Handoff]]) -> Handoff | HopError:
+        """Try one prefiller after another.
+
+        Args:
+            job: The request.
+            ask: Has an engine prefill; gets the engine and a suffix for the attempt's id.
+        """
         config = self._config
-        body = rewrite.prefill_body(job.endpoint, job.body)
         tried: list[Engine] = []
         last = HopError("prefill", "pool", 0.0, "unavailable", "has none that is up")
         for attempt in range(config.max_attempts):
@@ -126,28 +140,35 @@ class NativeFlow:
             if tried:
                 self._metrics.retries.labels("prefill", last.kind).inc()
             tried.append(engine)
-            headers = job.hop_headers(f"p{attempt}")
             try:
                 with engine.busy(job.weight):
-                    handoff = await ask_prefiller(
-                        self._client, engine, job.endpoint, body, headers, config.prefill_timeout
-                    )
+                    handoff = await ask(engine, f"p{attempt}")
             except HopError as error:
-                engine.failed(error)
                 last = error
+                if error.kind == "kv":
+                    break  # it computed the prompt; a second one would meet the same decoder
+                engine.failed(error)
                 continue
             self._metrics.prefill.labels(engine.url).observe(handoff.seconds)
             return handoff
         return last
 
-    async def _decode(self, job: Job, handoff: Handoff | None, reason: str) -> str:
+    async def _decode(self, job: Job, handoff: Handoff | None, reason: str, first: Engine | None = None) -> str:
+        """Try one decoder after another.
+
+        Args:
+            job: The request.
+            handoff: What a prefiller handed over for whichever decoder asks.
+            reason: Why the prompt is not split, or is computed by the decoder.
+            first: The decoder that the KV was sent to.
+        """
         config = self._config
         params = handoff.params if handoff else None
         tried: list[Engine] = []
         last = HopError("decode", "pool", 0.0, "unavailable", "has none that is up")
         again: Engine | None = None  # the same engine may be asked once more, where there is no other
         for attempt in range(config.max_attempts):
-            engine = self.decoders.pick(tried, even_down=True) or again
+            engine = first if first and not tried else self.decoders.pick(tried, even_down=True) or again
             if engine is None:
                 break
             if tried:
@@ -162,6 +183,10 @@ class NativeFlow:
                 engine.failed(error)
                 last = error
                 had_params = params is not None
+                if engine is first and job.route == "split":
+                    if config.on_prefill_failure == "fail":
+                        break
+                    job.route, reason = "recompute", "decode_failed"
                 if handoff and had_params and not self._lease_stands(handoff, error):
                     if config.on_prefill_failure == "fail":
                         break
@@ -194,7 +219,8 @@ class NativeFlow:
                 if not answer.events:
                     headers = to_client(answer.response.headers.raw)
                     self._metrics.routes.labels(job.route, reason).inc()
-                    await self._sent(job.exchange.whole(200, headers, rewrite.clean_answer(answer.first)))
+                    body = rewrite.clean_answer(answer.first)
+                    await self._sent(job.exchange.whole(200, headers, job.opening.join(body) if job.opening else body))
                     return "ok"
                 return await self._relay(job, engine, answer, reason)
 
@@ -208,7 +234,8 @@ class NativeFlow:
     async def _relay(self, job: Job, engine: Engine, answer: Stream, reason: str) -> str:
         """Pass a stream of events on. Up to its first bytes a failure is the attempt's, after them the client's."""
         events = EventFilter()
-        data = events.feed(answer.first)
+        rest = job.opening.rest if job.opening else bytes
+        data = rest(events.feed(answer.first))
         if not answer.first:
             raise HopError("decode", engine.url, time.monotonic() - answer.began, "transport", "sent an empty stream")
         if error := first_error(answer.first):
@@ -221,15 +248,16 @@ class NativeFlow:
             with scope:
                 scope.deadline = anyio.current_time() + config.client_timeout
                 turn = "client"
-                await exchange.start(200, to_client(answer.response.headers.raw))
-                self._metrics.first_byte.labels(job.endpoint, job.route).observe(time.monotonic() - job.began)
+                if not exchange.started:
+                    await exchange.start(200, to_client(answer.response.headers.raw))
+                    self._metrics.first_byte.labels(job.endpoint, job.route).observe(time.monotonic() - job.began)
                 self._metrics.routes.labels(job.route, reason).inc()
                 if data:
                     await exchange.write(data)
                 scope.deadline = anyio.current_time() + config.chunk_timeout
                 turn = "engine"
                 async for chunk in answer.rest:
-                    if data := events.feed(chunk):
+                    if data := rest(events.feed(chunk)):
                         scope.deadline = anyio.current_time() + config.client_timeout
                         turn = "client"
                         await exchange.write(data)
@@ -251,6 +279,25 @@ class NativeFlow:
         logger.warning("request %s: %s", exchange.id, broken)
         await self._sent(exchange.finish(error_event(error_body(502, str(broken)))))
         return "upstream_error"
+
+
+class NativeFlow(Flow):
+    """A prefiller's answer carries the hand-off; the decoder fetches the blocks and makes every token."""
+
+    async def serve(self, job: Job) -> str:
+        """See :meth:`Flow.serve`."""
+        plan = rewrite.plan(job.endpoint, job.body)
+        if not plan.split:
+            return await self._decode(job, None, plan.reason)
+        body = rewrite.prefill_body(job.endpoint, job.body, rewrite.PREFILL_PARAMS)
+
+        async def ask(engine: Engine, suffix: str) -> Handoff:
+            headers = job.hop_headers(suffix)
+            return await ask_prefiller(self._client, engine, job.endpoint, body, headers, self._config.prefill_timeout)
+
+        result = await self._prefill(job, ask)
+        reason = self._prefilled(job, result)
+        return await self._decode(job, result if isinstance(result, Handoff) else None, reason)
 
 
 def _refuse(engine: Engine, answer: Stream, error: Mapping[str, object]) -> None:

@@ -134,12 +134,16 @@ def plan(endpoint: str, body: Mapping[str, Any]) -> Plan:
     return Plan(True)
 
 
-def prefill_body(endpoint: str, body: Mapping[str, Any]) -> bytes:
-    """Write the request for a prefiller: the same prompt, one token, blocks kept.
+def prefill_body(
+    endpoint: str, body: Mapping[str, Any], params: Mapping[str, Any], *, keep_token: bool = False
+) -> bytes:
+    """Write the request for a prefiller: the same prompt, one token, blocks kept or sent on.
 
     Args:
         endpoint: :data:`COMPLETIONS` or :data:`CHAT`.
         body: The parsed request.
+        params: The ``kv_transfer_params`` for the prefiller.
+        keep_token: Its token is the answer's first, so it may be an end of sequence, and its prompt's ids are wanted.
 
     Returns:
         The body to send.
@@ -147,7 +151,9 @@ def prefill_body(endpoint: str, body: Mapping[str, Any]) -> bytes:
     request = {key: value for key, value in body.items() if key not in _NOT_FOR_PREFILL}
     # min_tokens keeps an end-of-sequence token from ending the prefiller's request as "stopped", for which engines hand
     # nothing over; the decoder draws the first token again, from the request's own settings.
-    request |= {"max_tokens": 1, "min_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": PREFILL_PARAMS}
+    request |= {"max_tokens": 1, "min_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
+    if keep_token:
+        request |= {"min_tokens": min(1, int(body.get("min_tokens") or 0)), "return_token_ids": True}
     if endpoint == CHAT:
         request["max_completion_tokens"] = 1
     return encode(request)

@@ -85,7 +85,11 @@ def run(config: ProxyConfig) -> int:
     Returns:
         Exit status: 0 after a drain, 1 where it could not start.
     """
-    app = create_app(config)
+    try:
+        app = create_app(config)
+    except OSError as error:
+        logger.error("%s", error)  # noqa: TRY400 -- the message says it all
+        return 1
     service: Service = app.state.service
     settings = uvicorn.Config(
         app,

@@ -20,7 +20,9 @@ from kvlink_proxy.config import ProxyConfig
 from kvlink_proxy.engines import Engine, EnginePool, watch
 from kvlink_proxy.errors import PassThrough, ProxyError, error_body
 from kvlink_proxy.exchange import ClientGone, Exchange, disconnected, read_body
-from kvlink_proxy.native import Job, NativeFlow
+from kvlink_proxy.kv_ready import KVReady
+from kvlink_proxy.lmcache import LMCacheFlow
+from kvlink_proxy.native import Flow, Job, NativeFlow
 from kvlink_proxy.upstream import make_client
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 class Service:
     """One proxy: its engines, its settings, and what it is doing.
+
+    Raises:
+        OSError: The lmcache flow's port for prefillers' messages cannot be had.
 
     Attributes:
         config: The settings.
@@ -46,7 +51,8 @@ class Service:
         self.active = 0
         self.draining = False
         self._client: httpx.AsyncClient | None = None
-        self._flow: NativeFlow | None = None
+        self._flow: Flow | None = None
+        self._ready = KVReady(config.proxy_host, config.proxy_port, self.metrics) if config.flow == "lmcache" else None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -57,15 +63,20 @@ class Service:
         """
         async with make_client(self.config) as client:
             self._client = client
-            self._flow = NativeFlow(self.config, client, self.prefillers, self.decoders, self.metrics)
+            parts = (self.config, client, self.prefillers, self.decoders, self.metrics)
+            self._flow = NativeFlow(*parts) if self._ready is None else LMCacheFlow(*parts, ready=self._ready)
+            listening = asyncio.ensure_future(self._ready.listen()) if self._ready else None
             engines = [*self.prefillers.engines, *self.decoders.engines]
             watchers = [asyncio.ensure_future(watch(engine, client, self.config)) for engine in engines]
             try:
                 yield
             finally:
-                for watcher in watchers:
-                    watcher.cancel()
-                await asyncio.gather(*watchers, return_exceptions=True)
+                tasks = [*watchers, listening] if listening else watchers
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if self._ready:
+                    self._ready.close()
 
     async def serve(self, endpoint: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request for text, from its body to the end of its answer.

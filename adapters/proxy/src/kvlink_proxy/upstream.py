@@ -104,20 +104,29 @@ class Handoff:
     """What a prefiller handed over.
 
     Attributes:
-        params: Its ``kv_transfer_params``, opaque to the proxy.
+        params: Its ``kv_transfer_params``, opaque to the proxy; may be empty where the KV goes its own way.
         engine: The prefiller.
         at: ``time.monotonic()`` of its answer.
         seconds: How long the attempt took.
+        answer: Its answer.
     """
 
     params: Mapping[str, Any]
     engine: Engine
     at: float
     seconds: float
+    answer: Mapping[str, Any]
 
 
 async def ask_prefiller(
-    client: httpx.AsyncClient, engine: Engine, path: str, body: bytes, headers: RawHeaders, timeout: float
+    client: httpx.AsyncClient,
+    engine: Engine,
+    path: str,
+    body: bytes,
+    headers: RawHeaders,
+    timeout: float,
+    *,
+    params_needed: bool = True,
 ) -> Handoff:
     """Have a prompt prefilled.
 
@@ -128,6 +137,7 @@ async def ask_prefiller(
         body: The request, as ``rewrite.prefill_body`` makes it.
         headers: Headers for the engine.
         timeout: Seconds for the whole answer.
+        params_needed: An answer without ``kv_transfer_params`` hands nothing over.
 
     Returns:
         The hand-off.
@@ -146,10 +156,12 @@ async def ask_prefiller(
     except ValueError:
         answer = None
     params = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
-    if not isinstance(params, dict) or not params:
+    if not isinstance(params, dict):
+        params = {}
+    if not params and params_needed:
         text = "handed no KV blocks over (is it started with a --kv-transfer-config of role kv_producer or kv_both?)"
         raise HopError("prefill", engine.url, now - began, "no_kv_params", text)
-    return Handoff(params, engine, now, now - began)
+    return Handoff(params, engine, now, now - began, answer if isinstance(answer, dict) else {})
 
 
 @dataclass(frozen=True)
