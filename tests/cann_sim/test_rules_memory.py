@@ -98,11 +98,12 @@ def free_in_flight() -> None:
     stream, pinned, memory = acl.stream(), acl.malloc_host(4096), acl.malloc(4096)
     assert acl.aclrtMemcpyAsync(memory, 4096, pinned, 4096, HOST_TO_DEVICE, stream) == 0
     assert acl.aclrtFree(memory) == 0  # returns at once, with the copy still to come
+    Core().cann_sim_release()
     acl.aclrtSynchronizeStream(stream)
 
 
 def test_rule_06_memory_freed_under_a_copy_is_found(host: dict[str, str]) -> None:
-    run_client(free_in_flight, host=host, env={"CANN_SIM_DELAY_US": "20000"}).violated(6)
+    run_client(free_in_flight, host=host, env={"CANN_SIM_FAULTS": "op.memcpy=hang"}).violated(6)
 
 
 def past_the_end() -> None:
@@ -160,12 +161,13 @@ def asynchronous() -> None:
     assert acl.aclrtMemcpyAsync(device, 4096, pinned, 4096, HOST_TO_DEVICE, stream) == 0
     assert core.peek(device, 2) == b"AA"
     ctypes.memset(pinned, ord("C"), 4096)
+    core.cann_sim_release()
     assert acl.aclrtSynchronizeStream(stream) == 0
     assert core.peek(device, 2) == b"CC"
 
 
 def test_rule_07_asynchronous_copies(host: dict[str, str]) -> None:
-    run_client(asynchronous, host=host, env={"CANN_SIM_DELAY_US": "50000"}).refused(7, 207000)
+    run_client(asynchronous, host=host, env={"CANN_SIM_FAULTS": "op.memcpy@2=hang"}).refused(7, 207000)
 
 
 def probe() -> None:

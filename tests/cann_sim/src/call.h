@@ -95,7 +95,8 @@ SIM_API std::string take_error_text();
 // stream), "peer" (a copy to or from another process), "nic_listen". Counts this occurrence and returns what to do.
 struct Fault {
   enum Kind { kNone, kFail, kDelay, kHang, kDrop } kind = kNone;
-  int64_t value = 0;  // code or milliseconds
+  int64_t value = 0;   // code or milliseconds
+  uint64_t epoch = 0;  // for hang: how many releases there had been
 };
 SIM_API Fault fault_at(const std::string &point);
 SIM_API bool faults_active();  // false: fault_at has nothing to say, and nobody needs to make its argument

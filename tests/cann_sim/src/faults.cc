@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cctype>
 #include <chrono>
@@ -80,13 +81,13 @@ Entry parse(const std::string &entry) {
   const std::string verb = action.substr(0, colon);
   const std::string value = colon == std::string::npos ? "" : action.substr(colon + 1);
   if (verb == "fail") {
-    parsed.fault = {Fault::kFail, number(value, entry)};
+    parsed.fault = {Fault::kFail, number(value, entry), 0};
   } else if (verb == "delay") {
-    parsed.fault = {Fault::kDelay, number(value, entry)};
+    parsed.fault = {Fault::kDelay, number(value, entry), 0};
   } else if (verb == "hang") {
-    parsed.fault = {Fault::kHang, value.empty() ? INT64_MAX : number(value, entry)};
+    parsed.fault = {Fault::kHang, value.empty() ? INT64_MAX : number(value, entry), 0};
   } else if (verb == "drop" && value.empty()) {
-    parsed.fault = {Fault::kDrop, 0};
+    parsed.fault = {Fault::kDrop, 0, 0};
   } else if (verb == "crash" && value.empty()) {
     parsed.crash = true;
   } else {
@@ -136,7 +137,16 @@ void release_hangs() {
   Faults &f = faults();
   std::lock_guard<std::mutex> lock(f.mutex);
   ++f.releases;
+  // Also those that nobody has come to yet, so that a release cannot be too early.
+  const auto hangs = [](const Entry &entry) { return entry.fault.kind == Fault::kHang; };
+  f.entries.erase(std::remove_if(f.entries.begin(), f.entries.end(), hangs), f.entries.end());
   f.released.notify_all();
+}
+
+uint64_t hang_releases() {
+  Faults &f = faults();
+  std::lock_guard<std::mutex> lock(f.mutex);
+  return f.releases;
 }
 
 bool faults_active() {
@@ -157,6 +167,7 @@ Fault fault_at(const std::string &point) {
       if (count == 0) count = ++f.counts[point];
       if (count < entry.first || count > entry.last) continue;
       fault = entry.fault;
+      fault.epoch = f.releases;
       crash = entry.crash;
       break;
     }
@@ -176,8 +187,7 @@ Fault fault_at(const std::string &point) {
 void hang(const Fault &fault) {
   Faults &f = faults();
   std::unique_lock<std::mutex> lock(f.mutex);
-  const uint64_t before = f.releases;
-  const auto over = [&] { return f.releases != before; };
+  const auto over = [&] { return f.releases != fault.epoch; };
   if (fault.value == INT64_MAX) {
     f.released.wait(lock, over);
   } else {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "call.h"
+#include "faults.h"
 #include "stream_state.h"
 
 namespace cann_sim {
@@ -44,6 +45,15 @@ class Worker : public Running {
   const uint64_t aborts_;
 };
 
+// The fault kHang: until its time passed or somebody releases it; false when the stream was aborted.
+bool hang_operation(Worker &worker, const Fault &fault) {
+  constexpr int64_t kStep = 2;
+  for (int64_t waited = 0; waited < fault.value && hang_releases() == fault.epoch; waited += kStep) {
+    if (!worker.wait_ms(kStep)) return false;
+  }
+  return true;
+}
+
 // Runs one operation without the lock. The random time passes even when the stream is aborted: what a NIC has begun, it
 // ends.
 int run_operation(Stream &stream, Operation &operation, uint64_t aborts, int64_t delay_us) {
@@ -57,9 +67,7 @@ int run_operation(Stream &stream, Operation &operation, uint64_t aborts, int64_t
   for (const Fault &fault : faults) {
     if (fault.kind == Fault::kFail) return static_cast<int>(fault.value);
     if (fault.kind == Fault::kDelay) std::this_thread::sleep_for(std::chrono::milliseconds(fault.value));
-    if (fault.kind == Fault::kHang && !worker.wait_ms(fault.value == INT64_MAX ? -1 : fault.value)) {
-      return kRtStreamAbort;
-    }
+    if (fault.kind == Fault::kHang && !hang_operation(worker, fault)) return kRtStreamAbort;
   }
   return operation.run(worker);
 }
@@ -154,6 +162,14 @@ void end_worker(Lock &lock, const StreamPtr &stream) {
   }
 }
 
+// Counts the threads inside synchronize, so that a test can tell when one has got there.
+struct Waiting {
+  Waiting() { count_live("synchronizing", 1); }
+  ~Waiting() { count_live("synchronizing", -1); }
+  Waiting(const Waiting &) = delete;
+  Waiting &operator=(const Waiting &) = delete;
+};
+
 }  // namespace
 
 Streams &all_streams() {
@@ -233,6 +249,7 @@ int destroy_stream(const StreamPtr &stream, bool force) {
   Lock lock(all.mutex);
   if (stream->closing) return fail(5, kRtInvalidHandle, "the stream is being destroyed");
   if (force) {
+    ++stream->aborts;  // whoever synchronises it learns that its work was dropped
     drop_queue(*stream);
   } else {
     stream->idle.wait(lock, [&] { return stream->closing || stream->finished == stream->enqueued; });
@@ -263,6 +280,7 @@ int enqueue(const StreamPtr &stream, Operation operation) {
 }
 
 int synchronize(const StreamPtr &stream, int64_t timeout_ms) {
+  const Waiting waiting;
   Lock lock(all_streams().mutex);
   const uint64_t target = stream->enqueued;
   const uint64_t aborts = stream->aborts;
