@@ -66,7 +66,18 @@ Failure Engine::start(const kvl_engine_params &params) {
   vendor_memory_ = std::make_unique<HixlMemory>(hixl_);
   memory_ = std::make_unique<ascend::Memory>(device_, *vendor_memory_, memory_rules(),
                                              "hixl channel " + name_ + " on npu:" + std::to_string(settings_.device));
+  failure = drop_anchor();
+  if (!failure.ok()) return failure;
   return ascend::StagingArea::open(device_, settings_, *memory_, loop_, completions_, kPathStaged, &staging_);
+}
+
+// When a process's last registered region goes, HCCL closes the NIC under the links that are still alive. So that this
+// never is a region of the user's, each engine keeps one of its own, two MiB of device memory, until it is finalized.
+Failure Engine::drop_anchor() {
+  uint64_t address = 0;
+  const Failure failure = memory_->allocate(KVL_MEMORY_DEVICE, ascend::kHugePage, &address);
+  if (!failure.ok()) return failure;
+  return memory_->open_internal(address, ascend::kHugePage, &anchor_, KVL_MEMORY_DEVICE);
 }
 
 Failure Engine::serve() {
@@ -153,6 +164,7 @@ Engine::~Engine() {
   std::vector<uint32_t> left;
   memory_->regions().each([&left](const std::shared_ptr<ascend::Region> &region) { left.push_back(region->handle); });
   for (const uint32_t handle : left) static_cast<void>(memory_->close(handle));
+  if (anchor_ != nullptr) static_cast<void>(memory_->close_internal(anchor_));
 }
 
 void Engine::free_memory(uint64_t address) {

@@ -84,6 +84,7 @@ class Engine {
   Failure start(const kvl_engine_params &params);
   Failure serve();
   Failure serve_at(uint16_t port);
+  Failure drop_anchor();
   ascend::MemoryRules memory_rules() const;
 
   Settings settings_;
@@ -100,6 +101,7 @@ class Engine {
   std::unique_ptr<ascend::VendorRunner> connector_, closer_;
   std::unique_ptr<HixlMemory> vendor_memory_;
   std::unique_ptr<ascend::Memory> memory_;
+  std::shared_ptr<ascend::Region> anchor_;
   std::unique_ptr<ascend::StagingArea> staging_;
   std::vector<Link *> links_;                // I/O lock
   std::atomic<std::thread::id> thread_{};  // the engine's: the one that waits

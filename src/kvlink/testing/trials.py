@@ -61,7 +61,9 @@ class Trials:
     def do_alias(self, *, name: str, alias: str, offset: int, nbytes: int, channel: str = MAIN) -> None:
         """Registers a part of a region's memory under a second name."""
         address = int(self._storage[name].region.address)
-        self._aliases[alias] = self._channels[channel].register((address + offset, nbytes, "cpu"), name=alias)
+        self._aliases[alias] = self._channels[channel].register(
+            (address + offset, nbytes, self._storage[name].region.device), name=alias
+        )
 
     def do_close_alias(self, *, alias: str) -> None:
         """Closes a second name."""
