@@ -240,11 +240,11 @@ Failure Memory::copy(uint32_t mem, uint64_t offset, void *host, uint64_t length,
   return vendor_failure(&acl, Vendor::kAcl, "aclrtMemcpy", code, "%" PRIu64 " bytes could not be copied", length);
 }
 
-Failure Memory::open_internal(uint64_t address, uint64_t length, std::shared_ptr<Region> *region) {
+Failure Memory::open_internal(uint64_t address, uint64_t length, std::shared_ptr<Region> *region, uint32_t kind) {
   const ContextGuard guard = device_->enter();
   if (!guard.ok()) return guard.failure();
   auto made = std::make_shared<Region>();
-  made->kind = KVL_MEMORY_HOST;
+  made->kind = kind;
   made->address = address;
   made->length = length;
   const Failure failure = enroll(made);

@@ -64,7 +64,8 @@ class Memory {
   Failure copy(uint32_t mem, uint64_t offset, void *host, uint64_t length, bool to_region);
 
   // A region of the engine's own (the staging area): registered and bound like any, under no handle of the core's.
-  Failure open_internal(uint64_t address, uint64_t length, std::shared_ptr<Region> *region);
+  Failure open_internal(uint64_t address, uint64_t length, std::shared_ptr<Region> *region,
+                        uint32_t kind = KVL_MEMORY_HOST);
   Failure close_internal(const std::shared_ptr<Region> &region);
 
   // Everything that is registered with the vendor now, in order of registration, counted as bound until dropped.
