@@ -110,7 +110,7 @@ class Client:
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
 
-    def finish(self, timeout: float = 20.0) -> Outcome:
+    def finish(self, timeout: float = 60.0) -> Outcome:
         """Waits for the end of the client.
 
         Raises:
@@ -126,7 +126,7 @@ def run_client(
     *arguments: object,
     host: Mapping[str, str],
     env: Mapping[str, str] | None = None,
-    timeout: float = 20.0,
+    timeout: float = 60.0,
 ) -> Outcome:
     """Runs `client(*arguments)`, a function at the top of a module, in a new process.
 
