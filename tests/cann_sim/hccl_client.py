@@ -245,6 +245,42 @@ class Client:
     def destroy(self, comm: int) -> int:
         return self.hccl.HcclCommDestroy(c_void_p(comm))
 
+    # The per-communicator flavour; descriptions travel as bytes.
+    def own_register(self, comm: int, peer: int, kind: int, address: int, size: int) -> tuple[int, bytes]:
+        desc = MemDesc()
+        code = self.hccl.HcclRegisterMem(
+            c_void_p(comm), c_uint32(peer), c_int(kind), c_void_p(address), c_uint64(size), byref(desc)
+        )
+        return code, bytes(desc)
+
+    def own_deregister(self, comm: int, desc: bytes) -> int:
+        return self.hccl.HcclDeregisterMem(c_void_p(comm), byref(MemDesc.from_buffer_copy(desc)))
+
+    def own_exchange(
+        self, comm: int, peer: int, descs: list[bytes], timeout: int = 5, room: int = 8
+    ) -> tuple[int, list[bytes]]:
+        ours = (MemDesc * max(1, len(descs)))(*[MemDesc.from_buffer_copy(desc) for desc in descs])
+        theirs = (MemDesc * room)()
+        count = c_uint32(0)
+        code = self.hccl.HcclExchangeMemDesc(
+            c_void_p(comm),
+            c_uint32(peer),
+            byref(MemDescs(ours, len(descs))),
+            c_int(timeout),
+            byref(MemDescs(theirs, room)),
+            byref(count),
+        )
+        return code, [bytes(desc) for desc in theirs[: count.value]]
+
+    def own_enable(self, comm: int, desc: bytes) -> tuple[int, tuple[int, int, int]]:
+        """Returns (type, address, size) of the remote memory."""
+        mem = HcclMem()
+        code = self.hccl.HcclEnableMemAccess(c_void_p(comm), byref(MemDesc.from_buffer_copy(desc)), byref(mem))
+        return code, (mem.type, mem.addr or 0, mem.size)
+
+    def own_disable(self, comm: int, desc: bytes) -> int:
+        return self.hccl.HcclDisableMemAccess(c_void_p(comm), byref(MemDesc.from_buffer_copy(desc)))
+
     # ---- the simulator -----------------------------------------------------------------------------------------------
     def faults(self, spec: str) -> None:
         self.sim.cann_sim_set_faults(spec.encode())

@@ -178,6 +178,7 @@ def install(
     tls: bool = False,
     driver: bool = True,
     install_info: bool = True,
+    prepare: bool = True,
 ) -> dict[str, str]:
     """Lays out one simulated host.
 
@@ -195,12 +196,13 @@ def install(
         tls: Whether the NICs ask for TLS.
         driver: False leaves the driver out, as in a build container.
         install_info: False leaves ascend_toolkit_install.info out, as in an image of single packages.
+        prepare: False takes a libhccl.so without HcclCommPrepare, as an older 8.x may have it; flavour 8.3 only.
 
     Returns:
         The environment to add to a process's own.
 
     Raises:
-        ValueError: For an unknown flavour, link, or count of physical ids.
+        ValueError: For an unknown flavour, link, or count of physical ids, or ``prepare=False`` of another flavour.
         FileNotFoundError: When ``libs`` has no such build.
     """
     if flavour not in FLAVOURS:
@@ -209,6 +211,8 @@ def install(
         raise ValueError(f"link is {link!r}; expected roce or hccs")
     if physical_ids and len(physical_ids) != devices:
         raise ValueError(f"{len(physical_ids)} physical ids for {devices} devices; give one each")
+    if not prepare and flavour != "8.3":
+        raise ValueError(f"prepare=False is an older 8.3, the flavour is {flavour}")
     made = Host(flavour, soc, link, devices, tuple(physical_ids), host, hdk, tls)
     root = Path(out).resolve()
     marker = root / ".cann_sim"
@@ -231,6 +235,9 @@ def install(
     built = Path(libs).resolve()
     # The driver stubs of flavour devlib stand where a process without a driver would find them.
     _libraries(built / flavour, arch / "lib64")
+    if not prepare:
+        (arch / "lib64" / "libhccl.so").unlink()
+        _link(arch / "lib64" / "libhccl.so", built / "no_prepare" / "libhccl.so")
     if flavour != "devlib" and (built / "devlib").is_dir():
         _libraries(built / "devlib", real / "devlib")
     (arch / "include").mkdir()

@@ -273,6 +273,29 @@ def test_rule_13_concurrent_initialisation_is_stopped(make_host: Hosts) -> None:
     run_client(initialises_in_two_threads, host=make_host()).violated(13)
 
 
+def initialises_while_one_hangs() -> None:
+    import threading
+    import time
+
+    from .hccl_client import Client
+
+    client = Client()
+    client.start(0)
+    client.faults("HcclCommInitClusterInfoMemConfig@1=hang")
+    first = threading.Thread(target=client.init_in_threads, args=(rank_table(TWO), 0, ["hangs"]), daemon=True)
+    first.start()
+    end = time.monotonic() + 10
+    while client.live("hccl_inits") == 0 and time.monotonic() < end:
+        time.sleep(0.001)
+    client.init(rank_table(TWO), 0, "next")
+
+
+def test_rule_13_a_hung_initialisation_still_counts(make_host: Hosts) -> None:
+    from .client import run_client
+
+    run_client(initialises_while_one_hangs, host=make_host()).violated(13)
+
+
 def test_rule_13_the_first_initialisations_can_fail_with_7(make_host: Hosts) -> None:
     with Agent({**make_host(), "CANN_SIM_FAULTS": "HcclCommInitClusterInfoMemConfig@1-2=fail:7"}) as one:
         one.start(0)

@@ -18,6 +18,7 @@ from .conftest import Hosts
 from .hccl_client import HUGE_FIRST, MIB
 from .hixl_client import WRITE
 from .hixl_pair import NO_POOL, HixlPair, free_name, hixl_agent
+from .install import install
 
 HERE = Path(__file__).parent
 PARAM, TIMEOUT, NOT_CONNECTED, ALREADY, UNSUPPORTED = 103900, 103901, 103902, 103903, 103905
@@ -206,6 +207,14 @@ def test_rule_27_hccl_1_is_param_invalid(make_host: Hosts, libs: Path) -> None:
         address = two.a.malloc(4 * MIB)
         assert two.a.hx_register(address, 4 * MIB)[0] == 0
         assert two.a.hx_register(address, MIB)[0] == PARAM
+
+
+def test_rule_27_a_missing_device_ip_is_param_invalid(libs: Path, tmp_path: Path) -> None:
+    host = install("8.5.0", devices=2, libs=libs, out=tmp_path / "root")
+    (tmp_path / "root" / "etc" / "hccn.conf").write_text("")  # as in a container that does not mount it
+    with HixlPair(host, libs) as two:
+        assert two.a.hx_connect(two.name_b) == PARAM
+        assert "'device_ip' is not set correctly" in two.a.error_text()
 
 
 def test_rule_27_hccl_9_is_timeout(make_host: Hosts, libs: Path) -> None:

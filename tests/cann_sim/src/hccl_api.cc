@@ -1,6 +1,7 @@
-// HCCL's exported C functions of the process-granular one-sided service.
+// HCCL's exported C functions.
 #include "hccl_batch.h"
 #include "hccl_comm.h"
+#include "hccl_percomm.h"
 #include "hccl_refused.h"
 #include "sim.h"
 
@@ -52,6 +53,7 @@ extern "C" {
 
 HcclResult HcclCommInitClusterInfoMemConfig(const char *rankTableString, std::uint32_t rank, HcclCommConfig *config,
                                             HcclComm *comm) {
+  const hccl::OneInitAtATime alone;
   HCCL_CALL("HcclCommInitClusterInfoMemConfig");
   call.note("rank", rank);
   return guarded(call, [&] {
@@ -136,6 +138,37 @@ HcclResult HcclCommPrepare(HcclComm comm, const HcclPrepareConfig *prepareConfig
     if (comm == nullptr || prepareConfig == nullptr) throw Refused(16, HCCL_E_PTR, "EI0003: a null argument");
     hccl::prepare(comm, timeoutSec);
   });
+}
+
+HcclResult HcclRegisterMem(HcclComm comm, u32 remoteRank, int type, void *addr, u64 size, HcclMemDesc *desc) {
+  HCCL_CALL("HcclRegisterMem");
+  call.note("comm", number(comm)).note("addr", number(addr)).note("size", static_cast<std::int64_t>(size));
+  return guarded(call, [&] { hccl::register_own(comm, remoteRank, type, addr, size, desc); });
+}
+
+HcclResult HcclDeregisterMem(HcclComm comm, HcclMemDesc *desc) {
+  HCCL_CALL("HcclDeregisterMem");
+  call.note("comm", number(comm));
+  return guarded(call, [&] { hccl::deregister_own(comm, desc); });
+}
+
+HcclResult HcclExchangeMemDesc(HcclComm comm, u32 remoteRank, HcclMemDescs *local, int timeoutSec, HcclMemDescs *remote,
+                               u32 *actualNum) {
+  HCCL_CALL("HcclExchangeMemDesc");
+  call.note("comm", number(comm)).note("timeout", timeoutSec);
+  return guarded(call, [&] { hccl::exchange_own(comm, remoteRank, local, timeoutSec, remote, actualNum); });
+}
+
+HcclResult HcclEnableMemAccess(HcclComm comm, HcclMemDesc *remoteMemDesc, HcclMem *remoteMem) {
+  HCCL_CALL("HcclEnableMemAccess");
+  call.note("comm", number(comm));
+  return guarded(call, [&] { hccl::enable_access(comm, remoteMemDesc, remoteMem); });
+}
+
+HcclResult HcclDisableMemAccess(HcclComm comm, HcclMemDesc *remoteMemDesc) {
+  HCCL_CALL("HcclDisableMemAccess");
+  call.note("comm", number(comm));
+  return guarded(call, [&] { hccl::disable_access(comm, remoteMemDesc); });
 }
 
 HcclResult HcclBatchPut(HcclComm comm, u32 remoteRank, HcclOneSideOpDesc *desc, u32 descNum, rtStream_t stream) {

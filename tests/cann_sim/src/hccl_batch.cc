@@ -10,6 +10,15 @@
 namespace cann_sim::hccl {
 namespace {
 
+// What a batch was checked against, and what it holds until it has run.
+struct Job {
+  CommPtr comm;
+  std::shared_ptr<Connection> connection;
+  std::shared_ptr<const LocalRanges> locals;
+  std::shared_ptr<const RemoteRegions> remotes;
+  bool put = false;
+};
+
 struct Copy {
   void *local;
   const RemoteRegion *remote;
@@ -28,6 +37,13 @@ class InFlight {
  private:
   CommPtr comm_;
 };
+
+Job make_job(const CommPtr &comm, std::uint32_t peer) {
+  const std::lock_guard<std::mutex> lock(comm->mutex);
+  const auto found = comm->connections.find(peer);
+  if (found == comm->connections.end()) return {};
+  return {comm, found->second, comm->local, found->second->remote, false};
+}
 
 std::uint32_t batch_limit() { return settings().soc == Soc::k950 ? 64 : 256; }
 
@@ -82,8 +98,9 @@ const Range *holding(const std::vector<Range> &ranges, std::uint64_t start, std:
 }
 
 struct Resolver {
-  const std::vector<LocalRange> &locals;
-  const Connection &connection;
+  const LocalRanges &locals;
+  const RemoteRegions &remotes;
+  Link link;
   const LocalRange *last_local = nullptr;
   const RemoteRegion *last_remote = nullptr;
 
@@ -93,17 +110,16 @@ struct Resolver {
       refuse_range("remoteBuffer", index, 0, desc.count);
     }
     if (bytes == 0) {
-      if (connection.link == Link::hccs)
-        throw Refused(22, HCCL_E_PARA, "descriptor " + std::to_string(index) + " is empty");
+      if (link == Link::hccs) throw Refused(22, HCCL_E_PARA, "descriptor " + std::to_string(index) + " is empty");
       log_event("warning", "\"text\":\"descriptor of zero bytes\"");
     }
     const auto remote = reinterpret_cast<std::uint64_t>(desc.remoteAddr);
     const auto local = reinterpret_cast<std::uint64_t>(desc.localAddr);
-    const RemoteRegion *to = holding(connection.remote, remote, bytes, last_remote);
+    const RemoteRegion *to = holding(remotes, remote, bytes, last_remote);
     if (to == nullptr) refuse_range("remoteBuffer", index, remote, bytes);
     const LocalRange *from = holding(locals, local, bytes, last_local);
     if (from == nullptr) refuse_range("localBuffer", index, local, bytes);
-    if (connection.link == Link::hccs && family() == Family::a2 && from->type != HCCL_MEM_TYPE_DEVICE) {
+    if (link == Link::hccs && family() == Family::a2 && from->type != HCCL_MEM_TYPE_DEVICE) {
       throw Refused(18, HCCL_E_RUNTIME, "rtMemcpyAsync failed: HCCS on A2 copies from device to device only");
     }
     last_remote = to;
@@ -140,14 +156,13 @@ int run_copies(const std::vector<Copy> &copies, Connection &connection, Comm &co
   return kAclOk;
 }
 
-void enqueue_copies(const CommPtr &comm, const std::shared_ptr<Connection> &connection, const StreamPtr &stream,
-                    std::vector<Copy> copies, bool put) {
+void enqueue_copies(const Job &job, const StreamPtr &stream, std::vector<Copy> copies) {
   if (copies.empty()) return;
-  auto guard = std::make_shared<InFlight>(comm);
+  auto guard = std::make_shared<InFlight>(job.comm);
   Operation operation;
-  operation.name = put ? "put" : "get";
-  operation.run = [comm, connection, copies = std::move(copies), put, guard](Running &running) {
-    return run_copies(copies, *connection, *comm, put, running);
+  operation.name = job.put ? "put" : "get";
+  operation.run = [job, copies = std::move(copies), guard](Running &running) {
+    return run_copies(copies, *job.connection, *job.comm, job.put, running);
   };
   const int code = enqueue(stream, std::move(operation));
   if (code != kAclOk) throw Refused(5, HCCL_E_RUNTIME, "the stream refused the work: rt " + std::to_string(code));
@@ -183,19 +198,20 @@ void batch(HcclComm handle, std::uint32_t peer, const HcclOneSideOpDesc *descs, 
     log_event("warning", "\"text\":\"a batch of no descriptors\"");
     return;
   }
-  const std::shared_ptr<Connection> connection = comm->connection(peer);
-  if (!connection) throw Refused(20, HCCL_E_NOT_FOUND, "no connection to rank " + std::to_string(peer));
-  const StreamPtr target = usable_stream(*comm.shared(), stream);
+  Job job = make_job(comm.shared(), peer);
+  if (!job.connection) throw Refused(20, HCCL_E_NOT_FOUND, "no connection to rank " + std::to_string(peer));
+  job.put = put;
+  const StreamPtr target = usable_stream(*job.comm, stream);
   std::vector<Copy> copies;
   copies.reserve(count);
-  Resolver resolver{comm->local, *connection};
+  Resolver resolver{*job.locals, *job.remotes, job.connection->link};
   try {
     for (std::uint32_t index = 0; index < count; ++index) copies.push_back(resolver.resolve(descs[index], index));
   } catch (const Refused &) {
-    enqueue_copies(comm.shared(), connection, target, std::move(copies), put);  // what came before is on its way
+    enqueue_copies(job, target, std::move(copies));  // what came before is on its way
     throw;
   }
-  enqueue_copies(comm.shared(), connection, target, std::move(copies), put);
+  enqueue_copies(job, target, std::move(copies));
 }
 
 }  // namespace cann_sim::hccl

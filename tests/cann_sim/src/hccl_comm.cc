@@ -14,7 +14,6 @@ namespace cann_sim::hccl {
 namespace {
 
 constexpr std::size_t kOldLimit = 256;
-constexpr std::uint64_t kLinkHbm = 2ULL << 20;
 // Initialisation is slow on hardware (seconds); here just long enough that two at once are seen to overlap.
 constexpr auto kInitTime = std::chrono::milliseconds(2);
 
@@ -27,19 +26,6 @@ Comms &comms() {
   static auto &instance = *new Comms;
   return instance;
 }
-
-// Rule 13: the library's own tables have no lock, so two initialisations at once are undefined there.
-class OneAtATime {
- public:
-  OneAtATime() {
-    if (comms().initialising.fetch_add(1) > 0) {
-      violation(13, "two communicator initialisations at once in one process");
-    }
-  }
-  ~OneAtATime() { comms().initialising.fetch_sub(1); }
-  OneAtATime(const OneAtATime &) = delete;
-  OneAtATime &operator=(const OneAtATime &) = delete;
-};
 
 int need_device(const char *what) {
   const int device = current_device();
@@ -70,6 +56,17 @@ Family family() {
   return Family::other;
 }
 
+OneInitAtATime::OneInitAtATime() {
+  if (comms().initialising.fetch_add(1) > 0) {
+    violation(13, "two communicator initialisations at once in one process");
+  }
+  count_live("hccl_inits", 1);
+}
+OneInitAtATime::~OneInitAtATime() {
+  comms().initialising.fetch_sub(1);
+  count_live("hccl_inits", -1);
+}
+
 Link Comm::link_to(std::uint32_t peer) const { return table.link(rank, peer, family(), roce_forced); }
 
 Hello Comm::hello(std::uint32_t peer, std::uint32_t service) const {
@@ -84,14 +81,7 @@ Hello Comm::hello(std::uint32_t peer, std::uint32_t service) const {
   return hello;
 }
 
-std::shared_ptr<Connection> Comm::connection(std::uint32_t peer) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = connections.find(peer);
-  return found == connections.end() ? nullptr : found->second;
-}
-
 HcclComm create_comm(const char *rank_table, std::uint32_t rank, const HcclCommConfig *config) {
-  const OneAtATime guard;
   const int device = need_device("HcclCommInitClusterInfoMemConfig");
   if (rank_table == nullptr || config == nullptr) throw Refused(12, HCCL_E_PTR, "EI0003: a null argument");
   const Environment &env = environment();
@@ -131,13 +121,14 @@ void release_links(Comm &comm) {
   for (const auto &[peer, connection] : comm.connections) {
     connection->broken = true;
     connection->socket.shut_down();
+    release_hbm(comm.device, connection->hbm_charged);
+    connection->hbm_charged = 0;
   }
   comm.connections.clear();
   for (const auto &[region, link] : comm.on_nic) take_off_nic(region, link);
   comm.on_nic.clear();
-  comm.local.clear();
-  release_hbm(comm.device, kLinkHbm * static_cast<std::uint64_t>(comm.links_charged));
-  comm.links_charged = 0;
+  comm.own_regions.clear();
+  comm.local = std::make_shared<LocalRanges>();
 }
 
 void destroy_comm(HcclComm handle) {

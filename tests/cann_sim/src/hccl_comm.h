@@ -23,6 +23,8 @@ struct LocalRange {
   int type = 0;
 };
 
+using LocalRanges = std::vector<LocalRange>;  // sorted by start
+
 class Comm {
  public:
   enum class State { fresh, preparing, ready, failed };
@@ -44,7 +46,6 @@ class Comm {
   std::uint32_t ranks() const { return static_cast<std::uint32_t>(table.ranks.size()); }
   Link link_to(std::uint32_t peer) const;
   Hello hello(std::uint32_t peer, std::uint32_t service) const;
-  std::shared_ptr<Connection> connection(std::uint32_t peer);
 
   // Set at initialisation.
   HcclComm handle = nullptr;
@@ -58,9 +59,10 @@ class Comm {
   State state = State::fresh;
   std::vector<RegionPtr> bound;
   std::vector<std::pair<RegionPtr, Link>> on_nic;
-  std::vector<LocalRange> local;  // sorted by start
+  std::shared_ptr<const LocalRanges> local = std::make_shared<LocalRanges>();  // replaced as a whole
   std::map<std::uint32_t, std::shared_ptr<Connection>> connections;
-  int links_charged = 0;  // 2 MiB of HBM each
+  std::map<std::uint64_t, std::pair<RegionPtr, std::uint32_t>> own_regions;  // HcclRegisterMem: id -> region, peer
+  std::uint64_t next_region = 1;
 
   std::atomic<int> users{0};      // calls in progress
   std::atomic<int> in_flight{0};  // operations on streams
@@ -70,7 +72,17 @@ using CommPtr = std::shared_ptr<Comm>;
 
 Family family();
 
-// HcclCommInitClusterInfoMemConfig.
+// Rule 13: the library's own tables have no lock, so two initialisations at once are undefined there, also while one of
+// them hangs.
+class OneInitAtATime {
+ public:
+  OneInitAtATime();
+  ~OneInitAtATime();
+  OneInitAtATime(const OneInitAtATime &) = delete;
+  OneInitAtATime &operator=(const OneInitAtATime &) = delete;
+};
+
+// HcclCommInitClusterInfoMemConfig, with a OneInitAtATime around it.
 HcclComm create_comm(const char *rank_table, std::uint32_t rank, const HcclCommConfig *config);
 void destroy_comm(HcclComm handle);
 // Throws Refused(2) for null; a stale or foreign handle is a violation, then Refused(1).
@@ -81,5 +93,14 @@ void unbind(HcclComm handle, void *memory);
 void prepare(HcclComm handle, int timeout_s);
 // What a failed or destroyed communicator held: connections, NIC entries, HBM. The caller holds comm.mutex.
 void release_links(Comm &comm);
+
+// Finds the peer and makes the connection, without any memory; throws Refused.
+std::shared_ptr<Connection> open_connection(const Comm &comm, std::uint32_t peer, std::uint32_t service,
+                                            const Deadline &deadline);
+// 2 MiB of the device for each link; throws Refused.
+void charge_link(Connection &connection);
+// The end of one phase that has the vendor's timeout: 0 = HCCL_CONNECT_TIMEOUT, -1 = never.
+Deadline phase_deadline(int timeout_s);
+LocalRanges ranges_of(const std::vector<RegionPtr> &regions);
 
 }  // namespace cann_sim::hccl

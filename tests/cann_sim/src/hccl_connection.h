@@ -35,12 +35,16 @@ struct RemoteRegion {
   Exported memory;
 };
 
-// One peer of a prepared communicator.
+using RemoteRegions = std::vector<RemoteRegion>;  // sorted by start
+
+// One peer of a communicator.
 struct Connection {
   Socket socket;
   Link link = Link::roce;
   int device = -1;  // local user device
-  std::vector<RemoteRegion> remote;
+  // Replaced as a whole under the communicator's lock: operations in flight keep the list they were checked against.
+  std::shared_ptr<const RemoteRegions> remote = std::make_shared<RemoteRegions>();
+  std::uint64_t hbm_charged = 0;
   std::atomic<bool> broken{false};
 
   // The peer's process or its half of the link has gone.

@@ -15,19 +15,6 @@ constexpr std::uint64_t kLinkHbm = 2ULL << 20;
 constexpr std::uint32_t kOldLimit = 256;
 constexpr std::uint32_t kMaxRegions = 1 << 20;
 
-// Each phase gets the whole timeout anew.
-class Phases {
- public:
-  explicit Phases(int timeout_s) {
-    const double default_ms = environment().connect_timeout_s * 1000.0 * settings().time_scale;
-    milliseconds_ = timeout_s == 0 ? static_cast<std::int64_t>(default_ms) : timeout_s * std::int64_t{1000};
-  }
-  Deadline next() const { return Deadline(milliseconds_ < 0 ? -1 : milliseconds_); }
-
- private:
-  std::int64_t milliseconds_;
-};
-
 struct Described {
   std::uint64_t start = 0;
   std::uint64_t bytes = 0;
@@ -54,30 +41,10 @@ void check_reachable(const Comm &comm, std::uint32_t peer, const Deadline &deadl
   call_peer(nobody, "super-device-unknown", {1}, deadline);
 }
 
-void open_sockets(const CommPtr &comm, const Deadline &deadline, Connections *out) {
-  for (std::uint32_t peer = 0; peer < comm->ranks(); ++peer) {
-    if (peer == comm->rank) continue;
-    check_reachable(*comm, peer, deadline);
-    const Link link = comm->link_to(peer);
-    const Hello hello = comm->hello(peer, 0);
-    const Rank &server = comm->table.ranks[hello.server_rank];
-    auto connection = std::make_shared<Connection>();
-    connection->link = link;
-    connection->device = comm->device;
-    connection->socket = comm->rank == hello.server_rank
-                             ? await_peer(hello, comm->device, nic_address(server, link), nic_ports(server), deadline)
-                             : call_peer(hello, nic_address(server, link), nic_ports(server), deadline);
-    out->emplace(peer, std::move(connection));
-  }
-}
-
 void register_memory(Comm &comm, const std::vector<RegionPtr> &regions, const Connections &connections) {
   bool used[2] = {};
   for (const auto &[peer, connection] : connections) {
-    if (!charge_hbm(comm.device, kLinkHbm)) {
-      throw Refused(17, HCCL_E_TCP_TRANSFER, "EI0011: no 2 MiB of device memory left for one more link");
-    }
-    ++comm.links_charged;
+    charge_link(*connection);
     used[static_cast<int>(connection->link)] = true;
   }
   for (const Link link : {Link::hccs, Link::roce}) {
@@ -119,11 +86,13 @@ void receive_regions(Connection &connection, const Deadline &deadline) {
   if (old_tables() && count > kOldLimit) throw Refused(18, HCCL_E_UNAVAIL, "the peer has more than 256 regions");
   std::vector<Described> list(count);
   connection.socket.receive_all(list.data(), count * sizeof(Described), deadline);
+  RemoteRegions remote;
   for (const Described &item : list) {
-    connection.remote.push_back({item.start, item.start + item.bytes, static_cast<int>(item.type), item.memory});
+    remote.push_back({item.start, item.start + item.bytes, static_cast<int>(item.type), item.memory});
   }
-  std::sort(connection.remote.begin(), connection.remote.end(),
+  std::sort(remote.begin(), remote.end(),
             [](const RemoteRegion &a, const RemoteRegion &b) { return a.start < b.start; });
+  connection.remote = std::make_shared<const RemoteRegions>(std::move(remote));
 }
 
 void exchange(const std::vector<RegionPtr> &regions, const Connections &connections, const Deadline &deadline) {
@@ -140,6 +109,43 @@ void meet(const Connections &connections, const Deadline &deadline) {
 }
 
 }  // namespace
+
+Deadline phase_deadline(int timeout_s) {
+  if (timeout_s < 0) return Deadline(-1);
+  const double default_ms = environment().connect_timeout_s * 1000.0 * settings().time_scale;
+  return Deadline(timeout_s == 0 ? static_cast<std::int64_t>(default_ms) : timeout_s * std::int64_t{1000});
+}
+
+std::shared_ptr<Connection> open_connection(const Comm &comm, std::uint32_t peer, std::uint32_t service,
+                                            const Deadline &deadline) {
+  check_reachable(comm, peer, deadline);
+  const Link link = comm.link_to(peer);
+  const Hello hello = comm.hello(peer, service);
+  const Rank &server = comm.table.ranks[hello.server_rank];
+  auto connection = std::make_shared<Connection>();
+  connection->link = link;
+  connection->device = comm.device;
+  connection->socket = comm.rank == hello.server_rank
+                           ? await_peer(hello, comm.device, nic_address(server, link), nic_ports(server), deadline)
+                           : call_peer(hello, nic_address(server, link), nic_ports(server), deadline);
+  return connection;
+}
+
+void charge_link(Connection &connection) {
+  if (!charge_hbm(connection.device, kLinkHbm)) {
+    throw Refused(17, HCCL_E_TCP_TRANSFER, "EI0011: no 2 MiB of device memory left for one more link");
+  }
+  connection.hbm_charged = kLinkHbm;
+}
+
+LocalRanges ranges_of(const std::vector<RegionPtr> &regions) {
+  LocalRanges ranges;
+  for (const RegionPtr &region : regions) {
+    ranges.push_back({region->start, region->start + region->bytes, region->type});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const LocalRange &a, const LocalRange &b) { return a.start < b.start; });
+  return ranges;
+}
 
 void prepare(HcclComm handle, int timeout_s) {
   const Comm::Use comm(find_comm(handle));
@@ -160,11 +166,13 @@ void prepare(HcclComm handle, int timeout_s) {
   }
   Connections connections;
   try {
-    const Phases phases(timeout_s);
-    open_sockets(comm.shared(), phases.next(), &connections);
+    const Deadline first = phase_deadline(timeout_s);  // each phase has the whole timeout anew
+    for (std::uint32_t peer = 0; peer < comm->ranks(); ++peer) {
+      if (peer != comm->rank) connections.emplace(peer, open_connection(*comm.shared(), peer, 0, first));
+    }
     register_memory(*comm.shared(), regions, connections);
-    exchange(regions, connections, phases.next());
-    meet(connections, phases.next());
+    exchange(regions, connections, phase_deadline(timeout_s));
+    meet(connections, phase_deadline(timeout_s));
   } catch (...) {
     const std::lock_guard<std::mutex> lock(comm->mutex);
     comm->connections = std::move(connections);
@@ -175,11 +183,7 @@ void prepare(HcclComm handle, int timeout_s) {
   for (const auto &[peer, connection] : connections) remember(connection);
   const std::lock_guard<std::mutex> lock(comm->mutex);
   comm->connections = std::move(connections);
-  for (const RegionPtr &region : regions) {
-    comm->local.push_back({region->start, region->start + region->bytes, region->type});
-  }
-  std::sort(comm->local.begin(), comm->local.end(),
-            [](const LocalRange &a, const LocalRange &b) { return a.start < b.start; });
+  comm->local = std::make_shared<const LocalRanges>(ranges_of(regions));
   comm->state = Comm::State::ready;
 }
 

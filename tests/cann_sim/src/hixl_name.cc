@@ -2,7 +2,9 @@
 
 #include <arpa/inet.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <sstream>
 #include <tuple>
 
@@ -24,6 +26,19 @@ std::optional<int> parse_port(const std::string &text) {
 template <std::size_t Size>
 void put(char (&to)[Size], const std::string &text) {
   std::strncpy(to, text.c_str(), Size - 1);
+}
+
+// The engine reads /etc/hccn.conf; here that of the installed host, where there is one. Empty: fine for HCCS only.
+std::string address_of(int physical_device) {
+  const char *root = std::getenv("KVLINK_ASCEND_SYSROOT");
+  if (root == nullptr) return device_ip(physical_device);
+  std::ifstream conf(std::string(root) + "/etc/hccn.conf");
+  const std::string key = "address_" + std::to_string(physical_device) + "=";
+  std::string line;
+  while (std::getline(conf, line)) {
+    if (line.compare(0, key.size(), key) == 0) return line.substr(key.size());
+  }
+  return "";
 }
 
 std::tuple<std::string, int> order(const Fragment &one) { return {one.server_id, one.device_id}; }
@@ -94,7 +109,7 @@ Fragment local_fragment(const std::string &ip, int user_device) {
   Fragment out;
   put(out.server_id, ip);
   out.device_id = physical_id(user_device);
-  put(out.device_ip, device_ip(out.device_id));
+  put(out.device_ip, address_of(out.device_id));
   if (settings().soc == Soc::kA3) {
     out.super_pod = 1;
     put(out.super_device_id, std::to_string(super_device_id(user_device)));
