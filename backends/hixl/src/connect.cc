@@ -29,6 +29,7 @@ constexpr auto kLookAgain = std::chrono::milliseconds(10);
 
 Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
   const Deadline deadline{now_ns() + timeout_ms * kMillisecond, interrupt_.get()};
+  introduce();
   Failure failure = parse_link_blob(blob, length, &peer_);
   if (failure.ok()) failure = check_peers(self_, peer_, &type_);
   if (!failure.ok()) return failure;

@@ -33,19 +33,22 @@ Failure Link::open(const kvl_link_params &params) {
   return engine_.staging().open_link(params, remotes_, *this, &staging_);
 }
 
-Failure Link::describe(void *buffer, uint64_t *length) {
+void Link::introduce() {
   const std::lock_guard<std::mutex> lock(describe_mutex_);
-  if (!described_) {
-    const ascend::Bindings registered = engine_.memory().bind();
-    engine_.introduce(&self_, registered.sequence());
-    for (const std::shared_ptr<ascend::Region> &region : registered.regions()) {
-      if (region->kind == KVL_MEMORY_DEVICE && region->address % ascend::kHugePage != 0) {
-        self_.unaligned_device = region->address;
-      }
+  if (described_) return;
+  const ascend::Bindings registered = engine_.memory().bind();
+  engine_.introduce(&self_, registered.sequence());
+  for (const std::shared_ptr<ascend::Region> &region : registered.regions()) {
+    if (region->kind == KVL_MEMORY_DEVICE && region->address % ascend::kHugePage != 0) {
+      self_.unaligned_device = region->address;
     }
-    if (staging_ != nullptr) staging_->describe(&self_.staging);
-    described_ = true;
   }
+  if (staging_ != nullptr) staging_->describe(&self_.staging);
+  described_ = true;
+}
+
+Failure Link::describe(void *buffer, uint64_t *length) {
+  introduce();
   return ascend::export_bytes(&self_, sizeof self_, buffer, length, "link_describe");
 }
 

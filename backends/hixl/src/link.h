@@ -66,6 +66,8 @@ class Link final : public ascend::BatchIssuer {
   // The vendor's side of the connection, which calls that were given up keep alive.
   struct Session;
 
+  void introduce();  // what describe says, once and for all
+
   // connect.cc
   Failure connect_once(uint32_t timeout_ms, const host::Deadline &deadline, bool *again);
   void disconnect(uint32_t grace_ms);
