@@ -77,7 +77,7 @@ def test_over_lmcache_ascends_class_where_that_is_installed(tmp_path, third, pas
         base.KVConnectorBase_V1.__init__ = start
         upstream.LMCacheConnectorV1Impl = Impl
         checks.check_engine = checks.check_lmcache_config = lambda *_: None
-        repairs.install = connector._describe = lambda *_: None
+        repairs.install = connector._on_load_failure = lambda *_: None
         made = KVLinkLMCacheConnector(SimpleNamespace(), "role", "caches")
         print(KVLinkLMCacheConnector.__mro__[1].__name__, seen)
     """
@@ -91,3 +91,44 @@ def test_over_lmcache_ascends_class_where_that_is_installed(tmp_path, third, pas
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == "LMCacheAscendConnectorV1Dynamic ['caches', 3]"
+
+
+def test_lmcaches_connector_tells_kvlink_first(monkeypatch):
+    """Through any connector class, LMCache's own too: what vLLM knows, then the caches, then LMCache."""
+    from kvlink_lmcache import context, starting
+
+    monkeypatch.setattr(context, "engine", context.Engine())
+    order = []
+
+    class Impl:
+        def __init__(self, vllm_config, role):
+            order.append(context.engine.max_model_len)
+            connector = SimpleNamespace(bind=lambda caches: order.append(("bind", caches)))
+            self.lmcache_engine = SimpleNamespace(gpu_connector=connector)
+
+        def register_kv_caches(self, kv_caches):
+            order.append("lmcache")
+
+    starting.install(Impl)
+    starting.install(Impl)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=4096, hf_config=SimpleNamespace(to_dict=lambda: {"a": 1})),
+        cache_config=SimpleNamespace(block_size=128, cache_dtype="auto"),
+    )
+    Impl(config, "worker").register_kv_caches({"a": 1})
+    assert order == [4096, ("bind", [1]), "lmcache"]
+    assert (context.engine.block_size, len(context.engine.model_digest)) == (128, 16)
+
+
+def test_the_real_implementation_is_wrapped():
+    from lmcache.integration.vllm.vllm_v1_adapter import LMCacheConnectorV1Impl
+
+    assert hasattr(LMCacheConnectorV1Impl.__init__, "__wrapped__")
+    assert hasattr(LMCacheConnectorV1Impl.register_kv_caches, "__wrapped__")
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_a_failed_load_is_computed_unless_told_otherwise(policy):
+    transfer = SimpleNamespace(kv_load_failure_policy="fail")
+    module._on_load_failure(SimpleNamespace(kv_transfer_config=transfer), policy)
+    assert transfer.kv_load_failure_policy == policy

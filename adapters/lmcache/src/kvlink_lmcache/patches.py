@@ -124,6 +124,18 @@ def engine_store(module: ModuleType) -> None:
     engine.store = store
 
 
+def server_factories(module: ModuleType) -> None:
+    """Registers kvlink's factories for ``lmcache server --p2p-transfer-engine``; nothing is replaced.
+
+    Why here: LMCache has a registry but loads nothing that could fill it before it builds the server.
+    Goes away: with an entry-point group for transfer channels.
+    """
+    from kvlink_lmcache import mp
+
+    versions.require(module, "register_transfer_channel_factory", ("transfer_channel_type", "factory"))
+    mp.register(module)
+
+
 def connector_meta(module: ModuleType) -> None:
     """Repairs ``LMCacheConnectorV1Impl`` on the scheduler's side.
 
@@ -138,12 +150,28 @@ def connector_meta(module: ModuleType) -> None:
     scheduling.repair(implementation)
 
 
+def connector_start(module: ModuleType) -> None:
+    """Makes ``LMCacheConnectorV1Impl`` tell kvlink of vLLM's configuration and caches before LMCache uses either.
+
+    Why: LMCache's metadata lacks the longest sequence, and its sizes are guesses from vLLM's head size. Goes away: when
+    ``LMCacheMetadata`` says the first and is made from the caches.
+    """
+    from kvlink_lmcache import starting
+
+    implementation = versions.require(module, "LMCacheConnectorV1Impl", ())
+    versions.require(module, "LMCacheConnectorV1Impl.__init__", ("self", "vllm_config"))
+    versions.require(module, "LMCacheConnectorV1Impl.register_kv_caches", ("self", "kv_caches"))
+    starting.install(implementation)
+
+
 PATCHES: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
     ("lmcache.v1.config", config_keys),
     ("lmcache.v1.gpu_connector", create_gpu_connector),
     ("lmcache.v1.transfer_channel", create_transfer_channel),
     ("lmcache.v1.storage_backend", create_storage_backends),
     ("lmcache.v1.cache_engine", engine_store),
+    ("lmcache.v1.distributed.transfer_channel.factory", server_factories),
+    ("lmcache.integration.vllm.vllm_v1_adapter", connector_start),
     ("lmcache.integration.vllm.vllm_v1_adapter", connector_meta),
 )
 """Module and function, in no particular order."""

@@ -32,8 +32,9 @@ class AdapterSettings:
         idle_timeout: Seconds after which a hand-off is given up that neither goes on nor ends.
         failure_notification: Tell the proxy of failed hand-offs, not only of good ones.
         ascend: "kvlink", or "lmcache_ascend" to leave the names that both offer to LMCache-Ascend.
-        kv_form: How the mover keeps tokens in memory objects: "blocks", "tokens", or "auto": whole blocks unless objects
-            outlive the engine (disk, remote stores).
+        kv_form: How the mover keeps tokens in memory objects: "blocks", "tokens", or "auto": whole blocks unless
+            objects outlive the engine (disk, remote stores).
+        on_load_failure: When KV that was there cannot be loaded: "recompute" it, or "fail" the request.
         model_id: Stands for the model's name where two sides compare it, if they use different paths.
     """
 
@@ -45,10 +46,16 @@ class AdapterSettings:
     failure_notification: bool = True
     ascend: str = "kvlink"
     kv_form: str = "auto"
+    on_load_failure: str = "recompute"
     model_id: str = ""
 
 
-_CHOICES = {"pd_backend": ("kvlink", "lmcache"), "ascend": ("kvlink", "lmcache_ascend"), "kv_form": ("auto", "blocks", "tokens")}
+_CHOICES = {
+    "pd_backend": ("kvlink", "lmcache"),
+    "ascend": ("kvlink", "lmcache_ascend"),
+    "kv_form": ("auto", "blocks", "tokens"),
+    "on_load_failure": ("recompute", "fail"),
+}
 
 
 def extra_config(config: Any) -> dict[str, Any]:

@@ -78,11 +78,14 @@ def _check_lmcache_key(key: str) -> None:
         raise ConfigError(f"unknown key 'lmcache.{key}' in kv_connector_extra_config: {hint}")
 
 
-def check_lmcache_config(vllm_config: Any) -> None:
+def check_lmcache_config(vllm_config: Any) -> Any:
     """Reads LMCache's configuration as LMCache will, and refuses what does not fit this engine.
 
     Args:
         vllm_config: vLLM's configuration.
+
+    Returns:
+        LMCache's configuration.
 
     Raises:
         ConfigError: A misspelt key, a list of ports shorter than TP, roles that do not match, a device that is none.
@@ -106,6 +109,7 @@ def check_lmcache_config(vllm_config: Any) -> None:
             "enable_pd with pipeline or data parallel is not supported: ports are one per tensor-parallel rank; use "
             "--tensor-parallel-size and start one engine a replica"
         )
+    return config
 
 
 def check_config(config: Any, *, tp_size: int, kv_role: str) -> None:

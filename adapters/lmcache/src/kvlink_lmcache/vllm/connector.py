@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from kvlink_lmcache import context, scheduling
+from kvlink_lmcache import scheduling, settings, starting
 from kvlink_lmcache.log import get_logger
 from kvlink_lmcache.vllm import checks, repairs
 
@@ -46,19 +44,19 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
             kv_cache_config: The caches' configuration; vLLM 0.18 does not give it.
 
         Raises:
-            SettingsError: A key or value that cannot be.
+            ConfigError: A key or value that cannot be.
             UnsupportedFeature: vLLM is set up in a way that LMCache cannot serve.
             StartError: LMCache did not start.
         """
         checks.check_engine(vllm_config, kv_cache_config)
         repairs.install(vllm_config)
-        _describe(vllm_config)
-        checks.check_lmcache_config(vllm_config)
+        config = checks.check_lmcache_config(vllm_config)
+        _on_load_failure(vllm_config, settings.adapter_settings(config).on_load_failure)
         # LMCache-Ascend's up to 0.4.4 takes two arguments, and vLLM >= 0.23 refuses what it makes of them; all
         # it does is to call LMCache's.
         start = _Base if "kv_cache_config" in inspect.signature(_Base.__init__).parameters else _Base.__mro__[1]
         start.__init__(self, vllm_config, role, kv_cache_config)
-        scheduling.repair(type(self._lmcache_engine))
+        scheduling.repair(type(self._lmcache_engine))  # LMCache-Ascend's overrides what is repaired in LMCache's
         self._refuse_degraded("start")
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
@@ -71,10 +69,7 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
             StartError: LMCache's backends did not start.
             LayoutError: Caches of an unknown form.
         """
-        engine = self._lmcache_engine.lmcache_engine
-        connector: Any = getattr(engine, "gpu_connector", None)
-        if hasattr(connector, "bind"):
-            connector.bind(list(kv_caches.values()))
+        starting.bind(self._lmcache_engine, kv_caches)
         super().register_kv_caches(kv_caches)
         self._refuse_degraded("start its backends")
 
@@ -86,21 +81,8 @@ class KVLinkLMCacheConnector(_Base):  # type: ignore[misc]
             raise StartError(f"LMCache could not {what}: {reason[-1] if reason else 'it gave no reason'}")
 
 
-def _describe(vllm_config: Any) -> None:
-    """Leaves for LMCache's side what only vLLM's configuration says."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    context.engine.max_model_len = int(getattr(model, "max_model_len", 0) or 0)
-    context.engine.block_size = int(getattr(cache, "block_size", 0) or 0)
-    context.engine.cache_dtype = str(getattr(cache, "cache_dtype", "auto"))
-    context.engine.model_digest = _model_digest(model)
-
-
-def _model_digest(model: Any) -> str:
-    """Digests the model's configuration without what differs between copies of one model."""
-    try:
-        values = dict(model.hf_config.to_dict())
-    except Exception:
-        return ""
-    for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset"):
-        values.pop(name, None)
-    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+def _on_load_failure(vllm_config: Any, policy: str) -> None:
+    """Says what vLLM does with a request whose KV did not come; its scheduler reads that after building this."""
+    transfer = vllm_config.kv_transfer_config
+    if getattr(transfer, "kv_load_failure_policy", policy) != policy:
+        object.__setattr__(transfer, "kv_load_failure_policy", policy)
