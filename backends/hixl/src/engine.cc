@@ -16,7 +16,7 @@ using host::now_ns;
 constexpr uint64_t kMillisecond = 1000000;
 constexpr uint64_t kPollBudgetNs = 300 * 1000;
 constexpr uint64_t kInitializeNs = 60000 * kMillisecond;
-constexpr uint64_t kFinalizeNs = 3000 * kMillisecond;
+constexpr uint64_t kFinalizeNs = 1000 * kMillisecond;  // then it goes on without us
 constexpr uint32_t kAddressToolMs = 3000;
 constexpr int kPortAttempts = 16;
 constexpr uint64_t kRegionsBefore90 = 256;
@@ -137,34 +137,48 @@ ascend::MemoryRules Engine::memory_rules() const {
   return rules;
 }
 
+namespace {
+
+// What is left of an engine while it is finalized. Finalize runs when the last one who may be inside a vendor call lets
+// go: a call that was given up keeps a hold of its own. Only then can nothing reach the memory any more.
+struct Remains {
+  std::shared_ptr<HixlEngine> hixl;
+  std::unique_ptr<HixlMemory> vendor_memory;
+  std::unique_ptr<ascend::Memory> memory;
+  std::shared_ptr<ascend::Region> anchor;
+
+  void dispose() {
+    const std::weak_ptr<HixlEngine> watched = hixl;
+    hixl.reset();
+    if (!watched.expired()) {
+      // It lives on inside a call that hangs, and may still move bytes: its memory stays with it.
+      static_cast<void>(memory.release());
+      static_cast<void>(vendor_memory.release());
+      return;
+    }
+    std::vector<uint32_t> left;
+    memory->regions().each([&left](const std::shared_ptr<ascend::Region> &region) { left.push_back(region->handle); });
+    for (const uint32_t handle : left) static_cast<void>(memory->close(handle));
+    if (anchor != nullptr) static_cast<void>(memory->close_internal(anchor));
+    memory.reset();
+  }
+};
+
+}  // namespace
+
 Engine::~Engine() {
   staging_.reset();
-  if (hixl_ == nullptr) return;
-  if (vendor_memory_ != nullptr) vendor_memory_->finalized();
-  // Finalize runs when the last one who may be inside a vendor call lets go; a call that was given up keeps its own hold.
-  struct Last {
-    std::shared_ptr<HixlEngine> hixl;
-  };
-  auto last = std::make_shared<Last>();
-  last->hixl = std::move(hixl_);
-  const std::weak_ptr<HixlEngine> watched = last->hixl;
-  const Failure failure =
-      closer_->run("Hixl::Finalize", Deadline{now_ns() + kFinalizeNs, -1}, [last] {
-        last->hixl.reset();
-        return Failure{};
-      });
-  last.reset();
-  if (memory_ == nullptr) return;
-  if (!failure.ok() || !watched.expired()) {
-    // The vendor's engine lives on inside a call that hangs, and may still move bytes: its memory stays with it.
-    static_cast<void>(memory_.release());
-    static_cast<void>(vendor_memory_.release());
-    return;
-  }
-  std::vector<uint32_t> left;
-  memory_->regions().each([&left](const std::shared_ptr<ascend::Region> &region) { left.push_back(region->handle); });
-  for (const uint32_t handle : left) static_cast<void>(memory_->close(handle));
-  if (anchor_ != nullptr) static_cast<void>(memory_->close_internal(anchor_));
+  if (hixl_ == nullptr || memory_ == nullptr) return;
+  vendor_memory_->finalized();
+  auto remains = std::make_shared<Remains>();
+  remains->hixl = std::move(hixl_);
+  remains->vendor_memory = std::move(vendor_memory_);
+  remains->memory = std::move(memory_);
+  remains->anchor = std::move(anchor_);
+  static_cast<void>(closer_->run("Hixl::Finalize", Deadline{now_ns() + kFinalizeNs, -1}, [remains] {
+    remains->dispose();
+    return Failure{};
+  }));
 }
 
 void Engine::free_memory(uint64_t address) {
