@@ -54,7 +54,7 @@ def test_each_engine_gets_only_the_proxys_parameters(body: dict[str, Any], endpo
     parsed = rewrite.parse(json.dumps(body).encode())
     plan = rewrite.plan(endpoint, parsed)
     assert plan.split == (plan.reason == "")
-    prefill = json.loads(rewrite.prefill_body(endpoint, parsed))
+    prefill = json.loads(rewrite.prefill_body(endpoint, parsed, rewrite.PREFILL_PARAMS))
     assert prefill["kv_transfer_params"] == rewrite.PREFILL_PARAMS
     assert (prefill["max_tokens"], prefill["min_tokens"], prefill["n"], prefill["stream"]) == (1, 1, 1, False)
     assert not {"stream_options", "stop", "logprobs", "best_of"} & set(prefill)
