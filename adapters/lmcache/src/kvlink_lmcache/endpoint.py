@@ -62,6 +62,7 @@ class Endpoint:
         region: The region of pages.
         page_bytes: Bytes of a page; page numbers count in it.
         answer_side: Answers a peer's side message; set by who wants any.
+        on_greeting: Called with the id and the peer when one has connected; set by who wants to know.
         connect_timeout: Seconds for a connection and its greeting.
         transfer_timeout: Seconds for one batch.
     """
@@ -81,6 +82,7 @@ class Endpoint:
         self.region = region
         self.page_bytes = page_bytes
         self.answer_side: Callable[[bytes], bytes] | None = None
+        self.on_greeting: Callable[[str, kvlink.Peer], object] | None = None
         self.connect_timeout = connect_timeout
         self.transfer_timeout = transfer_timeout
         self._handlers: dict[bytes, Handler] = {GREETING: self._greeted}
@@ -205,6 +207,8 @@ class Endpoint:
             answer = self.answer_side(greeting.side)
         with self._lock:
             self._peers[greeting.local_id] = peer
+        if self.on_greeting is not None:
+            self.on_greeting(greeting.local_id, peer)
         return msgspec.msgpack.encode(GreetingAnswer(self.page_bytes, answer))
 
     # ---- bytes ----

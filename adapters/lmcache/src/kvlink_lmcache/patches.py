@@ -127,7 +127,7 @@ def engine_store(module: ModuleType) -> None:
 def server_factories(module: ModuleType) -> None:
     """Registers kvlink's factories for ``lmcache server --p2p-transfer-engine``; nothing is replaced.
 
-    Why here: LMCache has a registry but loads nothing that could fill it before it builds the server.
+    Why: LMCache has a registry but loads nothing that could fill it before it builds the server.
     Goes away: with an entry-point group for transfer channels.
     """
     from kvlink_lmcache import mp
