@@ -40,6 +40,7 @@ class Pull:
         address: The prefiller's worker.
         begin: Monotonic time of the order.
         deadline: Monotonic time at which it is given up.
+        stream: Device stream whose work until now comes before the transfer; None = none.
         wake: Set when the prefiller says that the hand-off is there, and on cancel.
         cancelled: The request is gone.
         transfer: The transfer while it runs.
@@ -50,6 +51,7 @@ class Pull:
     address: str
     begin: float
     deadline: float
+    stream: int | None = None
     wake: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
     transfer: Any = None
@@ -160,7 +162,7 @@ class Puller:
         timeout = pull.left("transfer")
         begin = time.monotonic()
         try:
-            transfer = link.peer.get(ranges, timeout=timeout)
+            transfer = link.peer.get(ranges, stream=pull.stream, timeout=timeout)
             pull.transfer = transfer
             pull.record["submit_seconds"] = time.monotonic() - begin
             if pull.cancelled:

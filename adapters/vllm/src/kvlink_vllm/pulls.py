@@ -103,14 +103,15 @@ class Pulls:
             lambda future: None if future.exception() else self._renew_new(future.result(), address, track.handoff)
         )
 
-    def start(self, read: Read) -> None:
+    def start(self, read: Read, stream: int | None = None) -> None:
         """Starts a pull; its outcome is among those of a later ``take``.
 
         Args:
             read: What to pull.
+            stream: Device stream whose work until now may still touch the blocks; None = none.
         """
         now = time.monotonic()
-        pull = Pull(read, read.addresses[self._rank], now, now + self._settings.pull_timeout)
+        pull = Pull(read, read.addresses[self._rank], now, now + self._settings.pull_timeout, stream)
         with self._lock:
             self._active[read.request_id] = pull
         try:

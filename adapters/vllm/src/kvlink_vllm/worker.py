@@ -12,6 +12,7 @@ import numpy as np
 
 import kvlink
 from kvlink_vllm import wire
+from kvlink_vllm.device_stream import current_stream
 from kvlink_vllm.identity import build_identity
 from kvlink_vllm.layout import build_layout
 from kvlink_vllm.lease import LeaseTable
@@ -55,6 +56,7 @@ class KVLinkWorker:
         self._errors: set[int] = set()
         self._stats = KVLinkStats()
         self._channel: Any = None
+        self._device = "cpu"
         self._host = False
         self._started: KVLinkMetadata | None = None
         self._executors: list[ThreadPoolExecutor] = []
@@ -78,7 +80,8 @@ class KVLinkWorker:
         settings = self._settings
         layout = build_layout(caches, self._blocks)
         identity = build_identity(self._vllm_config, settings, layout, rank=self._rank, block_size=self._block_size)
-        self._host = layout.storages[0].device.startswith("cpu")
+        self._device = layout.storages[0].device
+        self._host = self._device.startswith("cpu")
         channel = self._channel = _on_own_thread(lambda: self._open(identity, layout.storages[0].device), settings)
         regions = [
             channel.register((storage.pointer, storage.nbytes, storage.device), name=storage.name, access="r")
@@ -160,8 +163,10 @@ class KVLinkWorker:
         if self._pulls is None or self._started is meta:
             return
         self._started = meta
+        # This thread launched whatever still works on the blocks, so it is its stream that the pulls wait for.
+        stream = current_stream(self._device) if meta.reads else None
         for read in meta.reads:
-            self._pulls.start(read)
+            self._pulls.start(read, stream)
 
     def finished(self, finished_req_ids: Iterable[str]) -> tuple[set[str] | None, set[str] | None]:
         """Returns what ended since the last step; each id once.
