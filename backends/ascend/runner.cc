@@ -47,7 +47,7 @@ void start_detached(Body body) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-Failure invoke(const VendorRunner::Call &call) {
+Failure run_guarded(const VendorRunner::Call &call) {
   try {
     return call();
   } catch (const std::bad_alloc &) {
@@ -82,7 +82,7 @@ Failure VendorRunner::run(const char *name, const Deadline &deadline, Call call,
       Failure result;
       {
         const ContextGuard guard = device->enter();
-        result = guard.ok() ? invoke(flight->call) : guard.failure();
+        result = guard.ok() ? run_guarded(flight->call) : guard.failure();
       }
       bool abandoned;
       {
@@ -95,7 +95,7 @@ Failure VendorRunner::run(const char *name, const Deadline &deadline, Call call,
         if (flight->late) {
           const ContextGuard guard = device->enter();
           if (guard.ok()) {
-            static_cast<void>(invoke([&] {
+            static_cast<void>(run_guarded([&] {
               flight->late(result);
               return Failure{};
             }));

@@ -6,6 +6,7 @@
 
 #include "ascend/device.h"
 #include "ascend/hccl.h"
+#include "ascend/runner.h"
 #include "ascend/common/sim.h"
 
 using namespace kvlink::ascend;
@@ -114,7 +115,45 @@ int main(int count, char **arguments) {
     CHECK(library.find("printf") != nullptr && library.find("HcclBatchPut") == nullptr);
     expect(missing_symbols(library, {"HcclBatchPut", "HcclBatchGet", "HcclCommPrepare", "HcclCommBindMem"}, "8.5"),
            KVL_UNAVAILABLE, {"libc.so.6", "HcclBatchPut, HcclBatchGet, HcclCommPrepare and 1 more", "CANN 8.5", "upgrade"});
-    CHECK(own_directory().find('/') != std::string::npos);
+    CHECK(!own_directory().empty());
+  });
+  for (const char *flavour : {"8.3", "8.5.0", "9.0", "9.1"}) {
+    in_child(flavour, [&] {
+      use_simulator(libs, flavour, {{"CANN_SIM_PHYSICAL_IDS", "5"}, {"CANN_SIM_DEVICES", "1"}});
+      std::unique_ptr<Device> device;
+      const Failure failure = Device::open(0, &device);
+      if (!failure.ok()) std::fprintf(stderr, "%s: %s\n", flavour, failure.message.c_str());
+      CHECK(failure.ok());
+      CHECK_EQ(device->physical_id(), 5);
+      CHECK(device->soc() == SocFamily::kA2);
+      const ContextGuard guard = device->enter();
+      void *memory = nullptr;
+      char plain[64];
+      CHECK(allocate_device(device->acl(), 64, &memory).ok());
+      CHECK(pointer_kind(device->acl(), memory) == PointerKind::kDevice);
+      CHECK(pointer_kind(device->acl(), plain) == PointerKind::kHost);
+      CHECK(device->acl().aclrtFree(memory) == ACL_SUCCESS);
+    });
+  }
+  in_child("a hung vendor call holds up neither its caller nor the end of the process", [&] {
+    use_simulator(libs, "9.1");
+    set_faults("aclrtCreateStream=hang");
+    std::unique_ptr<Device> opened;
+    CHECK(Device::open(0, &opened).ok());
+    const std::shared_ptr<const Device> device = std::move(opened);
+    const uint64_t before = kvlink::host::now_ns();
+    {
+      VendorRunner runner(device);
+      const Failure failure = runner.run("aclrtCreateStream", {before + 200000000, -1}, [device] {
+        aclrtStream stream = nullptr;
+        static_cast<void>(device->acl().aclrtCreateStream(&stream));
+        return Failure{};
+      });
+      CHECK(failure.status == KVL_TIMEOUT && runner.degraded());
+    }
+    CHECK(kvlink::host::now_ns() - before < uint64_t{5} * 1000000000);
+    alarm(5);      // SIGALRM ends the child badly when exit takes longer
+    std::exit(0);  // with every destructor and exit handler, as an interpreter ends
   });
   std::puts("loading: passed");
   return 0;

@@ -29,16 +29,17 @@ inline void use_simulator(const std::string &libs, const std::string &flavour,
   }
 }
 
+// A function of the vendor's that kvlink itself does not use, or one of the simulator's own.
 template <typename Function>
 Function simulator(const char *name) {
-  auto *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
-  if (function == nullptr) {
-    void *core = dlopen("libcann_sim.so", RTLD_NOW | RTLD_NOLOAD);
-    CHECK(core != nullptr);
-    function = reinterpret_cast<Function>(dlsym(core, name));
+  for (const char *library : {"libcann_sim.so", "libascendcl.so"}) {
+    void *handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
+    CHECK(handle != nullptr);
+    void *function = dlsym(handle, name);
+    if (function != nullptr) return reinterpret_cast<Function>(function);
   }
-  CHECK(function != nullptr);
-  return function;
+  std::fprintf(stderr, "the simulator has no %s\n", name);
+  std::exit(1);
 }
 
 inline void set_faults(const char *spec) { simulator<void (*)(const char *)>("cann_sim_set_faults")(spec); }

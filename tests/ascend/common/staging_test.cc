@@ -72,6 +72,9 @@ class Side : public BatchIssuer {
     stop_.store(true);
     loop.wake();
     thread_.join();
+    std::vector<uint32_t> open;
+    memory->regions().each([&](const std::shared_ptr<Region> &region) { open.push_back(region->handle); });
+    for (const uint32_t mem : open) CHECK(memory->close(mem).ok());
     area.reset();
     memory.reset();
     CHECK(vendor.ranges.empty());
@@ -248,20 +251,29 @@ void join(Side &a, Side &b) {
 constexpr uint64_t kArea = uint64_t{2} << 20;
 constexpr uint64_t kLarge = 5000003;
 
+uint8_t *page_of(std::vector<uint8_t> &room) {
+  const auto at = reinterpret_cast<uint64_t>(room.data());
+  return room.data() + (4096 - at % 4096) % 4096;
+}
+
 // Random ranges, many small and some larger than a chunk, in both directions, compared byte by byte.
 void test_pairs(const std::shared_ptr<const Device> &device, bool staged_a, bool staged_b) {
   Side a(device, KVL_ROLE_INITIATOR, staged_a ? kArea : 0), b(device, KVL_ROLE_ACCEPTOR, staged_b ? kArea : 0);
   join(a, b);
-  std::vector<uint8_t> plain_a(kLarge + 1), plain_b(kLarge + 1);
-  a.open_region(1, plain_a.data() + 1, kLarge);
-  b.open_region(5, plain_b.data() + 1, kLarge);
+  // Unaligned where it is staged; a vendor that registers host memory wants whole pages.
+  std::vector<uint8_t> room_a(kLarge + 8192), room_b(kLarge + 8192);
+  uint8_t *const memory_a = page_of(room_a) + (staged_a ? 1 : 0), *const memory_b = page_of(room_b) + (staged_b ? 1 : 0);
+  a.open_region(1, memory_a, kLarge);
+  b.open_region(5, memory_b, kLarge);
   a.import(2, b, 5);
   CHECK(a.memory->regions().get(1)->staged == staged_a && a.remotes.get(2)->staged == staged_b);
   std::mt19937_64 random(11);
   for (int round = 0; round < 12; ++round) {
-    fill(plain_a.data(), plain_a.size(), random());
-    fill(plain_b.data(), plain_b.size(), random());
-    std::vector<uint8_t> wanted_a = plain_a, wanted_b = plain_b;
+    fill(room_a.data(), room_a.size(), random());
+    fill(room_b.data(), room_b.size(), random());
+    std::vector<uint8_t> wanted_a = room_a, wanted_b = room_b;
+    uint8_t *const want_a = &wanted_a[static_cast<size_t>(memory_a - room_a.data())];
+    uint8_t *const want_b = &wanted_b[static_cast<size_t>(memory_b - room_b.data())];
     const uint32_t operation = round % 2 == 0 ? KVL_PUT : KVL_GET;
     std::vector<kvl_range> ranges;
     const uint64_t count = round < 4 ? 1 : 1 + random() % 100;
@@ -271,8 +283,8 @@ void test_pairs(const std::shared_ptr<const Device> &device, bool staged_a, bool
       const uint64_t length = random() % 5 == 0 ? 0 : 1 + random() % most;
       const uint64_t at = i * slot + random() % (slot - length), to = (count - 1 - i) * slot + random() % (slot - length);
       ranges.push_back({1, 2, at, to, length});
-      if (operation == KVL_PUT) std::memcpy(&wanted_b[1 + to], &wanted_a[1 + at], length);
-      if (operation == KVL_GET) std::memcpy(&wanted_a[1 + at], &wanted_b[1 + to], length);
+      if (operation == KVL_PUT) std::memcpy(want_b + to, want_a + at, length);
+      if (operation == KVL_GET) std::memcpy(want_a + at, want_b + to, length);
     }
     uint64_t bytes = 0;
     for (const kvl_range &range : ranges) bytes += range.length;
@@ -281,7 +293,7 @@ void test_pairs(const std::shared_ptr<const Device> &device, bool staged_a, bool
     CHECK_EQ(done.status, KVL_OK);
     CHECK_EQ(done.bytes, bytes);
     CHECK_EQ(done.path, 3u);
-    CHECK(plain_a == wanted_a && plain_b == wanted_b);
+    CHECK(room_a == wanted_a && room_b == wanted_b);
   }
   a.shut();
   b.shut();
