@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "ascend/toolkit.h"
+
 namespace kvlink::ascend {
 
 const HcclPolicy kHcclPolicy = {"hccl", {"libhcomm.so", "libhccl.so"}, true, "8.3"};
@@ -71,7 +73,10 @@ Failure load_hccl(const HcclPolicy &policy, HcclApi *hccl) {
     // Of two libraries the one that loaded says more than the one that is not there.
     if (first.ok() || (first.site == "dlopen" && failure.site != "dlopen")) first = failure;
   }
-  first.message = std::string(policy.provider) + " needs CANN " + policy.minimum + " or later: " + first.message;
+  const Version cann = cann_version(find_toolkit(), nullptr);
+  const std::string here = cann.known() ? ", and this is CANN " + cann.describe() : "";
+  first.message =
+      std::string(policy.provider) + " needs CANN " + policy.minimum + " or later" + here + ": " + first.message;
   return first;
 }
 
