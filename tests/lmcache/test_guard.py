@@ -89,3 +89,16 @@ def test_several_cache_groups_are_refused():
         checks.check_engine(*engine(groups=2))
     checks.check_engine(*engine(extra={"lmcache_rpc_port": "p"}))
     checks.check_engine(engine()[0], None)
+
+
+def test_vllms_version_is_checked(monkeypatch):
+    from kvlink_lmcache import versions
+
+    said = []
+    monkeypatch.setattr(versions.logger, "warning", lambda text, *given: said.append(text % given))
+    versions.check_vllm("0.32.0")
+    assert said == []
+    versions.check_vllm("0.27.1")
+    assert "vLLM 0.27.1 was not tested" in said[0]
+    with pytest.raises(versions.VersionError, match=r"vLLM 0\.11\.0 is older than 0\.18: install"):
+        versions.check_vllm("0.11.0")

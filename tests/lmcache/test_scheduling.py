@@ -179,3 +179,12 @@ def test_a_derived_class_with_a_method_of_its_own_is_repaired_once():
     request = scheduler.request("a", 21)
     steps = [scheduler.step(request, 8, new=True), scheduler.step(request, 13, new=False)]
     assert [sent(step) for step in steps] == [[(0, 8)], [(8, 21)]]
+
+
+def test_a_prefiller_that_goes_on_decoding_sends_nothing_more():
+    """A proxy may ask the prefiller for more than one token; LMCache would send the prompt's end with each."""
+    scheduler = Scheduler()
+    request = scheduler.request("a", 9)
+    first = sent(scheduler.step(request, 9, new=True))
+    request.all_token_ids.append(99)
+    assert (first, scheduler.step(request, 1, new=False)) == ([(0, 9)], [])

