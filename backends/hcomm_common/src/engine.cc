@@ -138,6 +138,12 @@ Engine::~Engine() {
   if (vendor_ == nullptr) return;
   const auto guard = vendor_->device->enter();
   lanes_.reset();
+  if (memory_ != nullptr) {
+    // The core closed every region, but for those that a communicator still held; it is gone by now.
+    std::vector<uint32_t> left;
+    memory_->regions().each([&left](const auto &region) { left.push_back(region->handle); });
+    for (const uint32_t handle : left) static_cast<void>(memory_->close(handle));
+  }
   memory_.reset();
 }
 
@@ -183,6 +189,9 @@ void Engine::add_link(const std::shared_ptr<Link> &link) {
 }
 
 void Engine::remove_link(const Link *link) {
+  const auto io = loop_.lock();
+  polled_.clear();  // poll may never come again
+  polled_version_ = 0;
   const std::lock_guard<std::mutex> lock(links_mutex_);
   links_.erase(std::remove_if(links_.begin(), links_.end(), [link](const auto &item) { return item.get() == link; }),
                links_.end());

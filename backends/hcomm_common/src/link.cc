@@ -50,33 +50,38 @@ Failure Link::open(const std::shared_ptr<Engine> &engine, const kvl_link_params 
   return {};
 }
 
-Failure Link::describe(void *buffer, uint64_t *length) {
-  if (!described_) {
-    engine_->describe(&self_);
-    ascend::Bindings bindings = engine_->memory().bind();
-    self_.sequence = bindings.sequence();
-    self_.regions = static_cast<uint32_t>(bindings.regions().size());
-    for (const auto &region : bindings.regions()) {
-      if (region->kind == KVL_MEMORY_DEVICE && region->address % ascend::kHugePage != 0 && self_.unaligned == 0) {
-        self_.unaligned = region->address;
-      }
+// The regions that are registered now are those that this link will have.
+void Link::describe_self() {
+  const std::lock_guard<std::mutex> lock(describe_mutex_);
+  if (described_) return;
+  engine_->describe(&self_);
+  ascend::Bindings bindings = engine_->memory().bind();
+  self_.sequence = bindings.sequence();
+  self_.regions = static_cast<uint32_t>(bindings.regions().size());
+  for (const auto &region : bindings.regions()) {
+    if (region->kind == KVL_MEMORY_DEVICE && region->address % ascend::kHugePage != 0 && self_.unaligned == 0) {
+      self_.unaligned = region->address;
     }
-    connection_ = std::make_shared<Connection>(engine_, engine_->vendor(), std::move(bindings));
-    described_ = true;
   }
+  connection_ = std::make_shared<Connection>(engine_, engine_->vendor(), std::move(bindings));
+  described_ = true;
+}
+
+Failure Link::describe(void *buffer, uint64_t *length) {
+  describe_self();
   return ascend::export_bytes(&self_, sizeof self_, buffer, length, "link_describe");
 }
 
 Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
-  if (!described_) {
-    return make_failure(KVL_STATE, "link_connect", "the link was not described; link_describe comes first");
-  }
+  describe_self();
   Failure failure = parse_link_blob(blob, length, &peer_);
   Topology topology;
   if (failure.ok()) failure = plan_link(self_, peer_, params_.role, &topology);
   if (failure.ok()) {
     type_ = topology.link;
-    failure = run_connect(topology, after_ms(timeout_ms, interrupt_fd_.get()));
+    // Where one side has no memory nothing can ever move, and later memory needs another link: no communicator then.
+    if (self_.regions > 0 && peer_.regions > 0)
+      failure = run_connect(topology, after_ms(timeout_ms, interrupt_fd_.get()));
   }
   engine_->stats().connect_retries.fetch_add(connection_->retries());
   const std::lock_guard<std::mutex> lock(queue_mutex_);

@@ -40,6 +40,7 @@ class Link : public std::enable_shared_from_this<Link> {
 
   // Any thread.
   Failure describe(void *buffer, uint64_t *length);
+  void describe_self();
   Failure connect(const void *blob, uint64_t length, uint32_t timeout_ms);
   void interrupt();
   void close(uint32_t grace_ms);
@@ -90,8 +91,9 @@ class Link : public std::enable_shared_from_this<Link> {
   ascend::RemoteTable remotes_;
   host::UniqueFd interrupt_fd_;
 
-  // Set by describe and connect, constant while transfers run.
+  std::mutex describe_mutex_;
   bool described_ = false;
+  // Set by describe and connect, constant while transfers run.
   LinkBlob self_{};
   LinkBlob peer_{};
   ascend::LinkType type_ = ascend::LinkType::kRoce;

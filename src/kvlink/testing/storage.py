@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._engine_types import Capability
+from .._memory import DEVICE, HOST, READ, WRITE, parse_device
 from .patterns import Bytes, expected, first_difference, pattern
 from .suite import check
 
 if TYPE_CHECKING:
+    from .._engine import EngineChannel
     from ..channel import Channel
     from ..region import Region
 
@@ -114,23 +120,40 @@ class AllocatedStorage(Storage):
 
 
 class DeviceStorage(Storage):
-    """Memory that the CPU cannot touch: the provider allocates it and copies it."""
+    """Memory that the CPU cannot touch: the provider allocates it and copies it, registered or not."""
 
     def _make(self, channel: Channel, access: str) -> Region:
         self._engine = channel._engine
-        return super()._make(channel, access)
+        address = self._engine.mem_alloc(DEVICE, self.nbytes)
+        weakref.finalize(self, self._engine.mem_free, address).atexit = False
+        # Registered, not allocated: what a closed region left behind has to be looked at afterwards.
+        return channel.register((address, self.nbytes, channel.device), name=self.name, access=access)
+
+    @contextmanager
+    def _handle(self) -> Iterator[int]:
+        if not self.region.closed:
+            yield self.region.handle
+            return
+        _, index = parse_device(self.region.device)
+        handle = self._engine.mem_open(self.region.address, self.nbytes, DEVICE, index, 0)
+        try:
+            yield handle
+        finally:
+            self._engine.mem_close(handle, 1.0)
 
     def read(self, offset: int, length: int) -> Bytes:
         """Copies bytes out of the region."""
         out = np.empty(length, dtype=np.uint8)
         if length:
-            self._engine.mem_copy(self.region.handle, offset, out, to_region=False)
+            with self._handle() as handle:
+                self._engine.mem_copy(handle, offset, out, to_region=False)
         return out
 
     def write(self, offset: int, content: Bytes) -> None:
         """Copies bytes into the region."""
         if len(content):
-            self._engine.mem_copy(self.region.handle, offset, np.ascontiguousarray(content), to_region=True)
+            with self._handle() as handle:
+                self._engine.mem_copy(handle, offset, np.ascontiguousarray(content), to_region=True)
 
 
 def make_storage(channel: Channel, name: str, nbytes: int, *, kind: str, access: str, alignment: int) -> Storage:
@@ -149,3 +172,24 @@ def make_storage(channel: Channel, name: str, nbytes: int, *, kind: str, access:
             alignment = max(alignment, _PAGE)
         return PlainStorage(channel, name, nbytes, access, alignment)
     return (AllocatedStorage if kind == "allocated" else DeviceStorage)(channel, name, nbytes, access)
+
+
+def open_some_memory(channel: EngineChannel, device: str) -> object:
+    """Registers a little memory with a bare engine, so that a link of it has something to connect.
+
+    Args:
+        channel: The engine.
+        device: The one it was opened on.
+
+    Returns:
+        What keeps the memory alive.
+    """
+    _, index = parse_device(device)
+    if Capability.ALLOCATE in channel.attributes.capabilities:
+        kind = DEVICE if index >= 0 else HOST
+        channel.mem_open(channel.mem_alloc(kind, _PAGE), _PAGE, kind, index, READ | WRITE)
+        return None
+    unit = max(_PAGE, channel.attributes.memory_alignment)
+    memory = np.zeros(2 * unit, dtype=np.uint8)
+    channel.mem_open(memory.ctypes.data + -memory.ctypes.data % unit, unit, HOST, -1, READ | WRITE)
+    return memory

@@ -18,7 +18,7 @@ from .._engine import ACCEPTOR, EngineChannel, EnginePeer, EngineProvider
 from ..errors import ConfigError
 from . import hook, resources
 from .patterns import pattern
-from .storage import Storage, make_storage
+from .storage import Storage, make_storage, open_some_memory
 
 MAIN = "main"
 """Name of an agent's channel when it has one."""
@@ -28,6 +28,7 @@ class Trials:
     """The part of :class:`~kvlink.testing.agent.Agent` that cases of one kind need."""
 
     _channels: dict[str, kvlink.Channel]
+    _bare: object = None
     _storage: dict[str, Storage]
     _aliases: dict[str, kvlink.Region]
     _raw: list[EnginePeer | EngineChannel]
@@ -150,6 +151,7 @@ class Trials:
     ) -> str:
         """Opens an engine and the accepting side of one link, without a control plane; returns the link's blob."""
         channel = EngineChannel.open(EngineProvider.load(path), options=options, device=device)
+        self._bare = open_some_memory(channel, device)
         peer = channel.peer_open(ACCEPTOR, 1, bytes.fromhex(session), bytes.fromhex(key), "there", "here")
         self._raw += [peer, channel]
         if channel.attributes.connect_both:

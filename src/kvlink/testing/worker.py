@@ -11,6 +11,7 @@ from typing import Any
 
 from .._engine_types import Capability
 from ..errors import ConfigError, KvlinkError
+from . import resources
 from .bench import Bench
 from .context import Context, Warnings
 from .suite import Case, CaseResult, ConformanceFailure, DeclaredSkip, Settings, all_cases, missing_names
@@ -69,6 +70,8 @@ class Worker:
         endpoint = context.local()
         endpoint.open()
         context.close(failed=True)
+        if self._bench.settings.stream:
+            resources.call_named(self._bench.settings.stream)  # made once a process, too
 
     def _attempt(self, case: Case) -> str:
         missing = case.needs & ~self._bench.attributes.capabilities

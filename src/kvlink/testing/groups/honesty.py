@@ -19,6 +19,7 @@ from ..context import Context, Pair
 from ..endpoint import RemoteEndpoint
 from ..layouts import round_up
 from ..patterns import pattern
+from ..storage import open_some_memory
 from ..suite import Case, ConformanceFailure, add_case, case, check
 from .semantics import any_operation
 
@@ -88,12 +89,16 @@ def _unclaimed(context: Context, capability: Capability) -> None:
     kind = "plain" if "plain" in context.kinds and capability == Capability.ALLOCATE else context.kind
     if capability == Capability.ALLOCATE and kind != "plain":
         context.need(False, "the provider serves only memory that it allocates")
+    moves = capability not in (Capability.PUT, Capability.GET)
+    if capability == Capability.COPY and "allocated" in context.kinds:
+        kind = "allocated"  # the pattern has to get there without it; perhaps no memory that peers reach
+        moves = moves and not context.settings.pair
     if capability not in context.capabilities and not context.settings.through_hook:
         pair = context.pair(kinds=(kind, kind))
     else:
         pair = context.pair(kinds=(kind, kind), through_hook=True, a=mask, b=mask)
     _REFUSALS[capability](context, pair)
-    if capability not in (Capability.PUT, Capability.GET):
+    if moves:
         context.round_trip(pair)
 
 
@@ -157,6 +162,7 @@ def _raw_link(context: Context) -> Iterator[tuple[RemoteEndpoint, EnginePeer, by
     child = context.remote("raw")
     options = validate_options(spec, settings.options)
     channel = EngineChannel.open(EngineProvider.load(spec.library_path()), options=options, device=settings.device)
+    held = open_some_memory(channel, settings.device)
     try:
         peer = channel.peer_open(INITIATOR, 1, session, key, "here", "there")
         blob = base64.b64decode(
@@ -173,6 +179,7 @@ def _raw_link(context: Context) -> Iterator[tuple[RemoteEndpoint, EnginePeer, by
         yield child, peer, blob
     finally:
         channel.close()
+        del held
 
 
 @case("honesty", "LINK_CHECK knows a dead peer", needs=Capability.LINK_CHECK, timeout=60)

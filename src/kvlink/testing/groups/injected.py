@@ -83,7 +83,8 @@ class _Life:
         nbytes = round_up(_MIB, max(1, context.attributes.memory_alignment))
         address_a, address_b = self.open(self.a, 0), self.open(self.b, 1)
         if address_a is not None and address_b is not None:
-            kind = "allocated" if "allocated" in context.kinds else context.kind
+            host = "allocated" in context.kinds and not context.settings.pair
+            kind = "allocated" if host else context.kind
             for endpoint, name, seed in ((self.a, "a", 1), (self.b, "b", 2)):
                 if not self.attempt(lambda e=endpoint, n=name, s=seed: e.memory(n, nbytes, s, kind=kind)):  # type: ignore[misc]
                     # The name is free again, and the next attempt works.

@@ -1,0 +1,62 @@
+"""Both HCCL providers under the conformance kit, one class a cell of the table flavour x SoC x link x memory pair.
+
+By default a subset runs that covers every value of every column, and every pair of provider and flavour; the rest is
+marked slow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from kvlink.testing.pytest_suite import ProviderSuite
+from kvlink.testing.runner import Runner
+
+from .simulated import Cell, cells, on_host
+
+PROFILE = os.environ.get("KVLINK_TEST_PROFILE", "quick")
+
+SKIPS = (
+    r"^the provider does not claim (LATE_MEMORY|LINK_CHECK|BUSY_POLL)",
+    r"^memory registered late works at once",
+    r"^\d+ cases of this profile did not run",
+)
+
+QUICK = {
+    Cell("hccl", "8.3", "A2", "roce", ("allocated", "device")),
+    Cell("hcomm_onesided", "9.1", "A3", "hccs", ("device", "device")),
+}
+
+
+class CellSuite(ProviderSuite):
+    cell: ClassVar[Cell]
+    stream = "tests.ascend.hccl.acl_stream:make"
+    devices = ("npu:0", "npu:1", "npu:2", "npu:3", "npu:4", "npu:5")
+    profile = PROFILE
+    skips = SKIPS
+
+    @pytest.fixture(scope="class")
+    def conformance_runner(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Runner]:
+        request.cls._results = []
+        folder: Path = tmp_path_factory.mktemp("cell")
+        with on_host(self.cell, folder), Runner(request.cls.settings()) as runner:
+            yield runner
+
+
+def _suite(cell: Cell) -> type[CellSuite]:
+    name = "Test_" + cell.id.replace("-", "_").replace(".", "")
+    members = {"cell": cell, "provider": cell.provider, "pair": cell.pair, "__module__": __name__}
+    suite = type(name, (CellSuite,), members)
+    return suite if cell in QUICK else pytest.mark.slow(suite)
+
+
+for _cell in cells():
+    if _cell.works:
+        _made = _suite(_cell)
+        globals()[_made.__name__] = _made
