@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", default="", metavar="KINDS", help="kinds that must be served: plain,allocated,device"
     )
+    parser.add_argument(
+        "--plain-alignment", type=int, default=1, metavar="BYTES", help="of plain memory, where other is refused"
+    )
     parser.add_argument("--stream", default="", metavar="MODULE:FUNCTION", help="returns a device stream's handle")
     parser.add_argument("--group", action="append", choices=GROUPS, help="only this group; may be repeated")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains this")
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             memory=tuple(filter(None, args.memory.split(","))),
             stream=args.stream,
             devices=tuple(filter(None, args.devices.split(","))),
+            plain_alignment=args.plain_alignment,
         )
         cases = select_cases(settings, args.group, args.case)
         if args.list:

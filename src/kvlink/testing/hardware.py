@@ -20,8 +20,12 @@ from ..errors import ConfigError, KvlinkError
 from ..registry import find, kvlink_version
 from .cli import parse_pairs
 from .hardware_report import Report, StepResult, run_step
+from .hardware_stream import DEVICE_VARIABLE
 
 FACTS = "kvlink.testing.hardware_facts"
+STREAM = "kvlink.testing.hardware_stream:make"
+HOST_ALIGNMENT = 4096
+"""Of host memory that a device may reach, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Plan:
         devices = ",".join(self.devices)
         options = [part for option in self.options for part in ("--option", option)]
         conform = ["-m", "kvlink.cli", "conform", self.channel, "--devices", devices, *options]
+        conform += ["--stream", STREAM, "--plain-alignment", str(HOST_ALIGNMENT)]
         opens = [
             Step(
                 f"open-{device.replace(':', '-')}",
@@ -179,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "process": os.getpid(),
             },
         )
+        os.environ[DEVICE_VARIABLE] = plan.devices[0].partition(":")[2]  # the process that runs the kit's cases
         good = run_plan(plan, report, parsed.only, limits)
     except (KvlinkError, OSError) as error:
         print(f"kvlink.testing.hardware: {error}", file=sys.stderr)
