@@ -52,9 +52,10 @@ uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / u
 
 uint64_t reserve(uint64_t hint, uint64_t bytes, uint64_t alignment) {
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  if (hint != 0) {
-    void *at = ::mmap(reinterpret_cast<void *>(hint), bytes, PROT_NONE, kFlags | MAP_FIXED_NOREPLACE, -1, 0);
-    if (at != MAP_FAILED) return reinterpret_cast<uint64_t>(at);
+  if (hint != 0) {  // a wish: whoever has that range keeps it
+    void *at = ::mmap(reinterpret_cast<void *>(hint), bytes, PROT_NONE, kFlags, -1, 0);
+    if (at != MAP_FAILED && reinterpret_cast<uint64_t>(at) % alignment == 0) return reinterpret_cast<uint64_t>(at);
+    if (at != MAP_FAILED) ::munmap(at, bytes);
   }
   void *at = ::mmap(nullptr, bytes + alignment, PROT_NONE, kFlags, -1, 0);
   return at == MAP_FAILED ? 0 : round_up(reinterpret_cast<uint64_t>(at), alignment);
