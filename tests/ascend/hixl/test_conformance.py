@@ -1,0 +1,79 @@
+"""HIXL under the conformance kit, one class a cell of the table flavour x SoC x link x memory pair.
+
+By default a subset runs that covers every value of every column; the rest is marked slow. Cells in which no bytes can
+move show their refusal in test_refusals.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from kvlink.testing.pytest_suite import ProviderSuite
+from kvlink.testing.runner import Runner
+
+from .simulated import DEVICES, Cell, cells, on_host, works
+
+PROFILE = os.environ.get("KVLINK_TEST_PROFILE", "quick")
+
+SKIPS = (
+    r"^the provider does not claim (LATE_MEMORY|LINK_CHECK|BUSY_POLL)",
+    r"^the provider serves no (plain|allocated) memory$",
+    r"^the provider serves only device memory$",
+    r"^the provider serves only memory that it allocates$",
+    r"^only memory that the provider allocates is served$",
+    r"^\d+ cases of this profile did not run",
+)
+
+# The vendor knows one registration for every byte, so a part of a region under another name is refused, with its owner.
+REFUSALS = {"memory.one piece of memory under two names": r"bytes at 0x\w+ overlap \d+ bytes .* that hixl channel"}
+
+QUICK = {
+    Cell("hixl", "8.5.0", "A2", "roce", ("allocated", "device")),
+    Cell("hixl", "9.1", "A3", "hccs", ("device", "device")),
+}
+# Every group has run against each flavour, SoC and link then; these look at what the flavour alone changes.
+QUICK_DATA = {Cell("hixl", "9.0", "A3", "roce", ("device", "allocated"))}
+
+
+class CellSuite(ProviderSuite):
+    cell: ClassVar[Cell]
+    stream = "tests.ascend.hccl.acl_stream:make"
+    devices = tuple(f"npu:{index}" for index in range(DEVICES))
+    plain_alignment = 4096
+    profile = PROFILE
+    skips = SKIPS
+
+    @pytest.fixture(scope="class")
+    def conformance_runner(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Runner]:
+        request.cls._results = []
+        folder: Path = tmp_path_factory.mktemp("cell")
+        with on_host(self.cell, folder), Runner(request.cls.settings()) as runner:
+            yield runner
+
+
+def _suite(cell: Cell) -> type[CellSuite]:
+    name = "Test_" + cell.id.replace("-", "_").replace(".", "")
+    refusals = dict(REFUSALS) if cell.link == "roce" or "device" in cell.pair else {}
+    members = {
+        "cell": cell,
+        "provider": "hixl",
+        "pair": cell.pair,
+        "refusals": refusals,
+        "groups": ("data", "memory") if cell in QUICK_DATA and PROFILE == "quick" else None,
+        "__module__": __name__,
+    }
+    suite = type(name, (CellSuite,), members)
+    return suite if cell in QUICK | QUICK_DATA else pytest.mark.slow(suite)
+
+
+for _cell in cells():
+    if works(_cell):
+        _made = _suite(_cell)
+        globals()[_made.__name__] = _made
