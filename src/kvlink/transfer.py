@@ -154,7 +154,7 @@ class Transfer:
     def _failure(self, raw: EngineResult) -> KvlinkError:
         if raw.status == Status.AGAIN:
             return StateError("it still runs", operation=self._operation, hint="wait() or await it first")
-        if raw.status in (Status.LINK_DOWN, Status.ENGINE_DOWN):
+        if raw.status in (Status.LINK_DOWN, Status.ENGINE_DOWN, Status.TIMEOUT):  # a deadline may have cost the link
             self._peer.suspect()
         ended = self._peer.error
         if raw.status in (Status.STATE, Status.CANCELLED, Status.LINK_DOWN) and isinstance(ended, ClosedError):
