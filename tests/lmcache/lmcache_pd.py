@@ -161,7 +161,9 @@ class Prefiller:
 
         self.meta = meta or metadata()
         self.total = chunks
-        self.backend = create_pd_backend(config("sender", chunks, **{"pd_proxy_port": proxy.port, **changes}), self.meta)
+        self.backend = create_pd_backend(
+            config("sender", chunks, **{"pd_proxy_port": proxy.port, **changes}), self.meta
+        )
 
     @property
     def free(self) -> int:

@@ -32,8 +32,9 @@ class Pool:
     """LMCache's paged buffer and a kvlink channel on it, as LMCache's backends build them."""
 
     def __init__(self, pages: int, *, peer_init_url: str | None, role: str, heads: int = 2, **extra: Any) -> None:
-        from kvlink_lmcache.channel import create_transfer_channel
         from lmcache.v1.memory_management import MemoryFormat
+
+        from kvlink_lmcache.channel import create_transfer_channel
 
         self.shape = torch.Size((2, LAYERS, CHUNK, heads * HEAD_SIZE))
         self.page_bytes = self.shape.numel() * 4

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lmcache")
 
-from kvlink_lmcache.channel import KVLinkChannel, create_transfer_channel  # noqa: E402
-
 from lmcache_pools import Pool, free_port  # noqa: E402
+
+from kvlink_lmcache.channel import KVLinkChannel, create_transfer_channel  # noqa: E402
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_lost_receiver_is_dialled_again_by_the_next_write() -> None:
 
 def test_a_killed_receiver_fails_the_write_soon() -> None:
     url = f"127.0.0.1:{free_port()}"
-    folder = os.path.dirname(__file__)
+    folder = str(Path(__file__).parent)
     code = f"""
         import sys, threading
         sys.path.insert(0, {folder!r})
@@ -227,6 +228,13 @@ def test_many_threads_write_at_once(pair: tuple[Pool, Pool]) -> None:
 def test_an_unknown_channel_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(Exception, match="host"):
         create_transfer_channel(
-            "hots", async_mode=False, role="sender", buffer_ptr=1, buffer_size=1, align_bytes=1, tp_rank=0, peer_init_url=None
+            "hots",
+            async_mode=False,
+            role="sender",
+            buffer_ptr=1,
+            buffer_size=1,
+            align_bytes=1,
+            tp_rank=0,
+            peer_init_url=None,
         )
     assert issubclass(KVLinkChannel, object)

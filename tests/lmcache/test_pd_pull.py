@@ -207,3 +207,44 @@ def test_a_prefiller_with_little_room_left_offers_nothing_more(proxy: Proxy) -> 
     finally:
         prefiller.close()
         decoder.close()
+
+
+def test_a_delayed_read_larger_than_the_buffer_goes_in_windows(proxy: Proxy) -> None:
+    for room in (1, 2, 5):
+        prefiller, decoder = pair(proxy, DELAYED, room=room)
+        try:
+            data, _ = prefiller.store("r", decoder, 1, 13, tail=5)
+            assert proxy.hear()["type"] == "ProxyNotif"
+            assert decoder.lookup(1, 13) == 13
+            got = decoder.retrieve(1, 13)
+            assert [torch.equal(a, b) for a, b in zip(got, data, strict=True)] == [True] * 13
+            check_idle(prefiller, decoder, room)
+        finally:
+            prefiller.close()
+            decoder.close()
+
+
+def test_chunks_lost_between_windows_end_the_load_and_nothing_else(proxy: Proxy) -> None:
+    from lmcache_pd import key
+
+    from kvlink_lmcache import pd
+
+    prefiller, decoder = pair(proxy, DELAYED, room=4)
+    keys = [key(1, index, decoder.meta) for index in range(12)]
+
+    def retrieve(tokens: list[int]) -> object:
+        items = decoder.backend.batched_get_blocking(keys)
+        assert items[0].raw_tensor.numel() == CHUNK_BYTES
+        prefiller.close()
+        return [item.raw_tensor for item in items]
+
+    try:
+        prefiller.store("r", decoder, 1, 12)
+        proxy.hear()
+        mask = pd.load(retrieve, [1, 2, 3], (), {})
+        assert mask.tolist() == [False] * 3
+        until(lambda: decoder.free == 4, "the decoder's pages are free")
+        assert decoder.lookup(1, 12) == 0
+    finally:
+        prefiller.close()
+        decoder.close()

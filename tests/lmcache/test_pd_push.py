@@ -182,7 +182,9 @@ def test_waiting_for_room_has_a_deadline(proxy: Proxy) -> None:
         assert proxy.hear()["req_id"] == "one"
         prefiller.store("two", decoder, 2, 6)
         heard = proxy.hear()
-        assert heard["req_id"] == "two" and "no room for 6 chunks within 0.3 s" in heard["reason"] and not heard["never"]
+        assert (
+            heard["req_id"] == "two" and "no room for 6 chunks within 0.3 s" in heard["reason"] and not heard["never"]
+        )
         until(lambda: decoder.backend.held()["waiting"] == 0, "nobody waits")
         assert prefiller.free == 16 and len(decoder.retrieve(1, 6)) == 6
     finally:
@@ -301,7 +303,7 @@ def test_modes_must_agree(proxy: Proxy) -> None:
     prefiller = Prefiller(8, proxy)
     try:
         _, moved = prefiller.store("r", decoder, 1, 2)
-        with pytest.raises(Exception, match="'pd_mode' differs.*'push'.*'pull'|'pd_mode' differs.*'pull'.*'push'"):
+        with pytest.raises(Exception, match=r"'pd_mode' differs.*'push'.*'pull'|'pd_mode' differs.*'pull'.*'push'"):
             moved.result(20)
     finally:
         prefiller.close()

@@ -62,7 +62,13 @@ class PDBuffer(MemoryAllocatorInterface):  # type: ignore[misc]
     """
 
     def __init__(
-        self, channel: kvlink.Channel, nbytes: int, shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat, device: str
+        self,
+        channel: kvlink.Channel,
+        nbytes: int,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        fmt: MemoryFormat,
+        device: str,
     ) -> None:
         """Allocates and registers.
 

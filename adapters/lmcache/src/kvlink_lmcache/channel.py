@@ -24,7 +24,7 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
     """What LMCache's backends call. The buffer is one region, a chunk is a page, a batch is one kvlink transfer.
 
     The handshake is kvlink's; both sides can use the connection whichever made it, and a lost one is made again where
-    this side made it. Errors are raised, never returned as a smaller number: LMCache's async backend ignores the number.
+    this side made it. Errors are raised, not returned as a smaller number, which LMCache's async backend ignores.
 
     Attributes:
         endpoint: The channel beneath.
@@ -57,7 +57,7 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
             peer_init_url: "host:port" to listen on, or None for any free port on loopback or ``kvlink.listen``.
             device: LMCache's device of the buffer.
             async_mode: Which of the two call forms LMCache will use; both work.
-            extra: ``peer_lookup_url`` for P2P; LMCache's other keywords (``backends``, ``event_loop``) mean nothing here.
+            extra: ``peer_lookup_url`` for P2P; LMCache's ``backends`` and ``event_loop`` mean nothing here.
 
         Raises:
             ConfigError: A wrong key, an address that cannot be bound, no secret beyond loopback.
@@ -185,12 +185,7 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
             return 0
         peer = self.endpoint.peer(peer_id)
         transfer = self._start(what, peer, objects, remote)
-        try:
-            transfer.wait()
-        except BaseException:  # Ctrl-C too: the caller frees the pages next
-            transfer.cancel()
-            _drain(transfer)
-            raise
+        self._drained(transfer)
         self.endpoint.trace(what, peer, transfer)
         return len(objects)
 
@@ -203,6 +198,16 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
         await settled(transfer)
         self.endpoint.trace(what, peer, transfer)
         return len(objects)
+
+    @staticmethod
+    def _drained(transfer: kvlink.Transfer) -> None:
+        """Waits for a transfer; whatever interrupts that, no byte moves any more when this returns or raises."""
+        try:
+            transfer.wait()
+        except BaseException:  # Ctrl-C too: the caller frees the pages next
+            transfer.cancel()
+            _drain(transfer)
+            raise
 
     def _start(self, what: str, peer: kvlink.Peer, objects: Sequence[Any], remote: Sequence[int]) -> kvlink.Transfer:
         pages, sizes = page_table(objects, self.endpoint.page_bytes)

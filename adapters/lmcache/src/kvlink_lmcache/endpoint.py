@@ -1,8 +1,8 @@
 """One side of LMCache's traffic: a kvlink channel, one region of pages, and peers by the ids that LMCache gives them.
 
-The channel connects and authenticates; on top of it two ends greet each other once: they tell the id under which LMCache
-knows them, compare their page size, and carry LMCache's own side message. After that either side can write to and read
-from the other. Further kinds of messages are served to whoever registers for their first byte.
+The channel connects and authenticates; on top of it two ends greet each other once: they tell the id under which
+LMCache knows them, compare their page size, and carry LMCache's own side message. After that either side can write to
+and read from the other. Further kinds of messages are served to whoever registers for their first byte.
 """
 
 from __future__ import annotations
@@ -243,7 +243,9 @@ class Endpoint:
         table[:, 1] = remote * self.page_bytes
         table[:, 2] = np.asarray(lengths, dtype=np.int64)
         if local.size and int(table[:, 2].max()) > self.page_bytes:
-            raise ConfigError(f"an object of {int(table[:, 2].max())} bytes exceeds the page of {self.page_bytes} bytes")
+            raise ConfigError(
+                f"an object of {int(table[:, 2].max())} bytes exceeds the page of {self.page_bytes} bytes"
+            )
         return kvlink.ranges(self.region, peer.regions[REGION], table)
 
     def trace(self, what: str, peer: kvlink.Peer, transfer: kvlink.Transfer) -> None:

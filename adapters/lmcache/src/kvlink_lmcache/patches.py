@@ -124,6 +124,72 @@ def engine_store(module: ModuleType) -> None:
     engine.store = store
 
 
+def engine_retrieve(module: ModuleType) -> None:
+    """Has ``LMCacheEngine.retrieve`` report chunks as not retrieved that a prefiller lost while they were copied.
+
+    Why: with delayed pull, chunks that do not fit the buffer are read while the engine copies them; LMCache lets an
+    error there end the engine. Goes away: when LMCache's connectors may fail for one request.
+    """
+    engine = versions.require(module, "LMCacheEngine", ())
+    original = versions.require(module, "LMCacheEngine.retrieve", ("self", "tokens", "mask"))
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def retrieve(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        from kvlink_lmcache import pd
+
+        return pd.load(functools.partial(original, self), tokens, args, kwargs)
+
+    setattr(retrieve, _MARK, original)
+    engine.retrieve = retrieve
+
+
+def ascend_channel(module: ModuleType) -> None:
+    """Makes LMCache-Ascend's ``CreateTransferChannel`` build kvlink's channels.
+
+    Why: its backends build through this factory of its own, which takes "hccl" and "hixl" only. For a name that both
+    offer kvlink's wins, unless ``kvlink.lmcache.ascend: lmcache_ascend`` says otherwise.
+    Goes away: with a registry for channels there.
+    """
+    original = _original(module, "CreateTransferChannel", ("channel_type", "async_mode", "role"))
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def create(channel_type: str, *args: Any, **kwargs: Any) -> Any:
+        from kvlink_lmcache import ascend
+
+        if ascend.wanted(channel_type):
+            return ascend.create_transfer_channel(channel_type, *args, **kwargs)
+        return original(channel_type, *args, **kwargs)
+
+    users = ("pd_backend", "pd.backend", "p2p_backend")
+    others = tuple(f"lmcache_ascend.v1.storage_backend.{user}" for user in users)
+    _replace(module, "CreateTransferChannel", create, original, others)
+
+
+def ascend_backends(module: ModuleType) -> None:
+    """Remembers the configuration when LMCache-Ascend builds its storage backends; they stay its own.
+
+    Why: a channel is built without the configuration. Goes away: when it is handed over.
+    """
+    if not hasattr(module, "CreateStorageBackends"):
+        return
+    original = _original(module, "CreateStorageBackends", ("config", "metadata"))
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def create(config: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        from kvlink_lmcache import context
+
+        context.enter(config, metadata)
+        return original(config, metadata, *args, **kwargs)
+
+    _replace(module, "CreateStorageBackends", create, original, ())
+
+
 def server_factories(module: ModuleType) -> None:
     """Registers kvlink's factories for ``lmcache server --p2p-transfer-engine``; nothing is replaced.
 
@@ -170,7 +236,10 @@ PATCHES: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
     ("lmcache.v1.transfer_channel", create_transfer_channel),
     ("lmcache.v1.storage_backend", create_storage_backends),
     ("lmcache.v1.cache_engine", engine_store),
+    ("lmcache.v1.cache_engine", engine_retrieve),
     ("lmcache.v1.distributed.transfer_channel.factory", server_factories),
+    ("lmcache_ascend.v1.transfer_channel", ascend_channel),
+    ("lmcache_ascend.v1.storage_backend", ascend_backends),
     ("lmcache.integration.vllm.vllm_v1_adapter", connector_start),
     ("lmcache.integration.vllm.vllm_v1_adapter", connector_meta),
 )

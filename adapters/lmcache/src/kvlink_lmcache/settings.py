@@ -1,7 +1,7 @@
 """From LMCache's configuration to a kvlink channel: its name, its addresses, its options, and what peers must agree on.
 
-Keys of kvlink stand in LMCache's ``extra_config``: ``kvlink.listen``, ``kvlink.secret_file``, the provider's options, and
-those of this adapter, which begin with ``kvlink.lmcache.``.
+Keys of kvlink stand in LMCache's ``extra_config``: ``kvlink.listen``, ``kvlink.secret_file``, the provider's options,
+and those of this adapter, which begin with ``kvlink.lmcache.``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ def adapter_settings(config: Any) -> AdapterSettings:
             valid = isinstance(value, bool)
         elif isinstance(default, float):
             valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 86400
-            value = float(value) if valid else value
         elif key in _CHOICES:
             valid = value in _CHOICES[key]
         else:
@@ -96,7 +95,7 @@ def adapter_settings(config: Any) -> AdapterSettings:
             kinds = {bool: "true or false", float: "seconds above 0", str: "a text"}
             expected = _CHOICES.get(key) or kinds[type(default)]
             raise ConfigError(f"{name} is {value!r}; expected {expected}")
-        values[key] = value
+        values[key] = float(value) if isinstance(default, float) else value
     return AdapterSettings(**values)
 
 

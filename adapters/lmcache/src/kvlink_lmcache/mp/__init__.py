@@ -12,7 +12,7 @@ from kvlink import registry
 
 
 def names() -> list[str]:
-    """Returns the values of ``--p2p-transfer-engine`` that kvlink adds: "kvlink" (the best usable) and each provider's."""
+    """Returns the values of ``--p2p-transfer-engine`` that kvlink adds: "kvlink" (the best usable) and providers."""
     return ["kvlink", *(info.name for info in registry.channels())]
 
 

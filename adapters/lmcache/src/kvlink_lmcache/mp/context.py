@@ -84,7 +84,9 @@ class KVLinkTransferChannelClient(TransferChannelClient):  # type: ignore[misc]
             ValueError: The two do not pair. A peer that is gone is no error here; the status says so.
         """
         if len(local_addresses) != len(remote_addresses):
-            raise ValueError(f"{len(local_addresses)} local addresses do not pair with {len(remote_addresses)} remote ones")
+            raise ValueError(
+                f"{len(local_addresses)} local addresses do not pair with {len(remote_addresses)} remote ones"
+            )
         count = len(local_addresses)
         table = np.empty((count, 3), dtype=np.int64)
         table[:, 0] = [address.offset for address in local_addresses]
@@ -178,11 +180,17 @@ class KVLinkTransferChannelContext(TransferChannelContext):  # type: ignore[misc
         self.advertise_url = _bare(advertise_url)
         name = "auto" if transfer_channel == "kvlink" else transfer_channel
         config = kvlink.ChannelConfig.from_env(
-            base={"transfer_channel": name, "listen": f"tcp://{_bare(listen_url)}", "advertise": f"tcp://{self.advertise_url}"}
+            base={
+                "transfer_channel": name,
+                "listen": f"tcp://{_bare(listen_url)}",
+                "advertise": f"tcp://{self.advertise_url}",
+            }
         )
         channel = kvlink.open_from_config(config)
         try:
-            region = channel.register((int(l1_memory_desc.ptr), int(l1_memory_desc.size), "cpu"), name=REGION, access="r")
+            region = channel.register(
+                (int(l1_memory_desc.ptr), int(l1_memory_desc.size), "cpu"), name=REGION, access="r"
+            )
             self._endpoint = Endpoint(
                 channel,
                 region,

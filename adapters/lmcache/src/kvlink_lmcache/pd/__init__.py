@@ -38,3 +38,28 @@ def after_store(backend: Any, transfer_spec: Any) -> None:
     ended = getattr(backend, "store_ended", None)
     if ended is not None:
         ended(transfer_spec)
+
+
+def load(retrieve: Any, tokens: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Does what ``LMCacheEngine.retrieve`` does; chunks that get lost while they are copied count as not retrieved.
+
+    Args:
+        retrieve: LMCache's method, bound.
+        tokens: Its first argument.
+        arguments: Its further arguments.
+        options: Its keywords.
+
+    Returns:
+        Which tokens were retrieved, a bool tensor.
+    """
+    from .windows import ChunkLost
+
+    try:
+        return retrieve(tokens, *arguments, **options)
+    except ChunkLost as error:
+        import torch
+
+        from ..log import get_logger
+
+        get_logger().warning("the decoder computes a prompt itself: %s", error)
+        return torch.zeros(len(tokens), dtype=torch.bool)

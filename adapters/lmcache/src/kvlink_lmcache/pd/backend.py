@@ -22,7 +22,7 @@ from ..log import get_logger
 from . import options as pd_options
 from .loop import LoopThread
 from .notifier import ProxyNotifier
-from .options import PUSH, PDOptions
+from .options import PUSH
 from .receiver import Receiver
 from .sender import Sender
 
@@ -106,7 +106,9 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
         wanted = "receiver" if self.options.role == "sender" else "sender"
         if f"pd_{wanted}" not in identity:
             theirs = "sender" if "pd_sender" in identity else "receiver" if "pd_receiver" in identity else "none"
-            raise ConfigError(f"pd_role here is {self.options.role!r} and the peer's is {theirs!r}; expected {wanted!r}")
+            raise ConfigError(
+                f"pd_role here is {self.options.role!r} and the peer's is {theirs!r}; expected {wanted!r}"
+            )
         return True
 
     def __str__(self) -> str:
@@ -126,9 +128,7 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
         """Returns this backend."""
         return self
 
-    def allocate(
-        self, shapes: Any, dtypes: Any, fmt: Any = None, eviction: bool = True, busy_loop: bool = True
-    ) -> Any:
+    def allocate(self, shapes: Any, dtypes: Any, fmt: Any = None, eviction: bool = True, busy_loop: bool = True) -> Any:
         """Takes a page; a prefiller waits for one with a deadline while transfers hold them, and only then.
 
         Args:
@@ -224,9 +224,8 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
         if transfer_spec is None or self._sender is None:
             self._short = False
             return None
-        moved = self._sender.submit(keys, memory_objs, transfer_spec, on_complete_callback)
-        self._sender.store_ended(transfer_spec, self._short)
-        self._short = False
+        short, self._short = self._short, False
+        moved = self._sender.submit(keys, memory_objs, transfer_spec, on_complete_callback, short)
         return [moved]
 
     def store_ended(self, transfer_spec: Any) -> None:
@@ -237,7 +236,7 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
         """
         short, self._short, self._unsent = self._short, False, 0
         if short and transfer_spec is not None and self._sender is not None:
-            self._sender.store_ended(transfer_spec, True)
+            self._sender.nothing_stored(transfer_spec)
 
     def cancel_request(self, req_id: str) -> None:
         """Gives up a request's hand-off.

@@ -164,14 +164,12 @@ class Ledger:
                     return True  # promised with its first batch
             if need > self.buffer.total:
                 raise NoRoom(
-                    f"{need} chunks of {self.buffer.page_bytes} bytes ({need * self.buffer.page_bytes} bytes) can never "
-                    f"fit the decoder's PD buffer of {self.buffer.total} chunks "
+                    f"{need} chunks of {self.buffer.page_bytes} bytes ({need * self.buffer.page_bytes} bytes) can "
+                    f"never fit the decoder's PD buffer of {self.buffer.total} chunks "
                     f"({self.buffer.total * self.buffer.page_bytes} bytes): raise its pd_buffer_size"
                 )
             self._waiting.setdefault(owner, _Waiting(need, total, now + self._alloc_timeout))
-            if next(iter(self._waiting)) != owner or not self._serve_first():
-                return False
-            return True
+            return next(iter(self._waiting)) == owner and self._serve_first()
 
     def _serve_first(self) -> bool:
         """Gives room to the first who waits, if there is enough. The caller holds the lock."""
@@ -250,7 +248,13 @@ class Ledger:
             return list(batch.entries) if batch is not None else []
 
     def offered(
-        self, owner: HandOffId, number: int, keys: Sequence[Any], tokens: Sequence[int], pages: Sequence[int], complete: bool
+        self,
+        owner: HandOffId,
+        number: int,
+        keys: Sequence[Any],
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        complete: bool,
     ) -> None:
         """Notes chunks that stay at the prefiller until the engine wants them (delayed pull).
 
@@ -296,7 +300,7 @@ class Ledger:
                 handoff.shown += len(batch.entries)
                 for entry in batch.entries:
                     self._visible.setdefault(entry.key, deque()).append(entry)
-            if complete or handoff.total and handoff.shown >= handoff.total:
+            if complete or (handoff.total and handoff.shown >= handoff.total):
                 handoff.complete = True
                 handoff.reserved = 0
             return True
@@ -338,7 +342,7 @@ class Ledger:
             entry.taken_at = 0.0
 
     def remove(self, key: Any) -> bool:
-        """Frees the chunk that was handed out under a key, else the oldest; with the last one of a hand-off all the rest.
+        """Frees the chunk that was handed out under a key, else the oldest; with a hand-off's last one all the rest.
 
         What is left then are leading chunks that the engine had in its own cache; nobody will ask for them.
         """

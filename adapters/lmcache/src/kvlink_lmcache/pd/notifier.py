@@ -59,7 +59,9 @@ class ProxyNotifier:
         try:
             self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            _log.warning("the proxy takes no messages; %s for request %s is lost", type(message).__name__, message.req_id)
+            _log.warning(
+                "the proxy takes no messages; %s for request %s is lost", type(message).__name__, message.req_id
+            )
 
     def close(self) -> None:
         """Closes the socket; unsent messages are dropped."""

@@ -121,7 +121,7 @@ def port_of(ports: Any, rank: int, ranks: int, name: str) -> int:
         raise ConfigError(f"{name} is {ports!r}; expected a list of {ranks} ports, one for each tensor parallel rank")
     if len(ports) < ranks:
         raise ConfigError(
-            f"{name} has {len(ports)} ports ({', '.join(map(str, ports))}), but there are {ranks} tensor parallel ranks",
+            f"{name} has {len(ports)} ports ({', '.join(map(str, ports))}), but there are {ranks} ranks",
             hint=f"give {ranks} ports, one for each rank",
         )
     port = ports[rank]

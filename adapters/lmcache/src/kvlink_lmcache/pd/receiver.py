@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import kvlink
 import numpy as np
+
+import kvlink
 from kvlink.errors import KvlinkError, RequestError
 
 from ..buffer import PDBuffer
@@ -20,6 +21,7 @@ from . import wire
 from .ledger import Entry, HandOffId, Ledger, NoRoom
 from .loop import LoopThread
 from .options import DELAYED, PULL, PUSH, PDOptions
+from .windows import Reading, Windows
 
 _log = get_logger()
 
@@ -234,6 +236,12 @@ class Receiver:
             entries = entries[:first]
         return [entry.item for entry in entries] + [None] * (len(keys) - len(entries))
 
+    def _abandon(self, entries: Sequence[Entry]) -> None:
+        """Takes chunks back from the engine, which will not remove them, and gives them up."""
+        for entry in entries:
+            self.ledger.put_back(entry)
+        self._give_back(entries)
+
     def _give_back(self, entries: Sequence[Entry]) -> None:
         """Tells prefillers that chunks will not be read, and forgets their hand-offs."""
         batches: dict[tuple[HandOffId, int], list[int]] = defaultdict(list)
@@ -249,18 +257,27 @@ class Receiver:
             self.ledger.drop(owner)
 
     def _fetch(self, entries: Sequence[Entry]) -> bool:
-        """Reads chunks that stayed at the prefiller (delayed pull), on the engine's thread, with a deadline."""
+        """Reads chunks that stayed at the prefiller (delayed pull), on the engine's thread, with a deadline.
+
+        What does not fit the buffer as a whole is read in windows, while the engine copies it.
+        """
         groups: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
             groups[entry.owner.id[0]].append(entry)
         done: list[tuple[Entry, Any]] = []
         try:
             for peer_id, group in groups.items():
+                peer = self._peers.get(peer_id)
+                if peer is None:
+                    raise NoRoom("the prefiller went away before its chunks were read")
+                if len(group) > self._buffer.free_pages:
+                    done += zip(group, self._windows(peer, group), strict=True)
+                    continue
                 items = self._buffer.take([entry.tokens for entry in group])
                 if items is None:
-                    raise NoRoom(f"{len(group)} chunks do not fit the decoder's PD buffer of {self._buffer.total}")
+                    raise NoRoom(f"{len(group)} pages of the decoder's PD buffer are taken by others")
                 done += zip(group, items, strict=True)
-                self._read(self._peers.get(peer_id), group, items)
+                self._start(peer, group, items).finish()
         except (KvlinkError, NoRoom) as error:
             _log.warning("reading %d chunks from the prefiller failed: %s", len(entries), error)
             for _, item in done:
@@ -270,13 +287,24 @@ class Receiver:
             self.ledger.fill(entry, item)
         return True
 
-    def _read(self, peer: kvlink.Peer | None, group: Sequence[Entry], items: Sequence[Any]) -> None:
-        if peer is None:
-            raise NoRoom("the prefiller went away before its chunks were read")
+    def _windows(self, peer: kvlink.Peer, group: Sequence[Entry]) -> list[Any]:
+        if self._buffer.free_pages == 0:
+            raise NoRoom("no page of the decoder's PD buffer is free")
+
+        def start(entries: Sequence[Entry], items: list[Any]) -> Reading:
+            return self._start(peer, entries, items)
+
+        return list(Windows(group, self._buffer, start, lambda: self._abandon(group)).items)
+
+    def _start(self, peer: kvlink.Peer, group: Sequence[Entry], items: list[Any]) -> Reading:
         local, sizes = page_table(items, self._endpoint.page_bytes)
         remote = np.fromiter((entry.page for entry in group), dtype=np.int64, count=len(group))
         blocks = self._endpoint.blocks(peer, local, remote, sizes)
         transfer = peer.get(blocks, timeout=self._options.transfer_timeout)
+        return Reading(items, transfer, lambda: self._finish(peer, group, transfer))
+
+    def _finish(self, peer: kvlink.Peer, group: Sequence[Entry], transfer: kvlink.Transfer) -> None:
+        """Waits for a read, and asks the prefiller whether it had held all of it until now."""
         transfer.wait()
         self._endpoint.trace("get", peer, transfer)
         batches: dict[tuple[str, int], list[int]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """The prefiller's side: takes chunks from the engine's step and brings them to their decoder, off that step.
 
-Whatever goes wrong with one batch ends its whole hand-off: the pages are freed here, the decoder is told to forget it once
-nothing of it is being written, and the proxy is told why. Nothing here makes the engine wait.
+Whatever goes wrong with one batch ends its whole hand-off: the pages are freed here, the decoder is told to forget it
+once nothing of it is being written, and the proxy is told why. Nothing here makes the engine wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import kvlink
-from kvlink.errors import KvlinkError, LinkError, RequestError
+from kvlink.errors import KvlinkError, RequestError
 
 from ..buffer import PDBuffer
 from ..channel import settled
@@ -63,7 +63,7 @@ class Sender:
     # ---- from the engine's step ----
 
     def submit(
-        self, keys: Sequence[Any], objects: Sequence[Any], spec: Any, callback: Callback | None
+        self, keys: Sequence[Any], objects: Sequence[Any], spec: Any, callback: Callback | None, short: bool
     ) -> concurrent.futures.Future[int]:
         """Takes one batch; returns at once.
 
@@ -72,6 +72,7 @@ class Sender:
             objects: Its memory objects; a reference on each is taken here.
             spec: LMCache's ``DisaggSpec``.
             callback: Called with each key when it is at the decoder.
+            short: The engine got no page for some of the step's chunks, so the hand-off fails.
 
         Returns:
             Resolves to the number of chunks, or to why the hand-off failed.
@@ -79,19 +80,17 @@ class Sender:
         moved: concurrent.futures.Future[int] = concurrent.futures.Future()
         for item in objects:
             item.ref_count_up()
-        arguments = (list(keys), list(objects), spec, callback, moved, time.perf_counter())
+        arguments = (list(keys), list(objects), spec, callback, moved, time.perf_counter(), short)
         self._loop.call(self._begin, *arguments)
         return moved
 
-    def store_ended(self, spec: Any, short: bool) -> None:
-        """The engine has stored what it could of a step.
+    def nothing_stored(self, spec: Any) -> None:
+        """The engine got no page for any of a step's chunks, so there is no batch.
 
         Args:
             spec: LMCache's ``DisaggSpec``.
-            short: It got no page for some of its chunks.
         """
-        if short:
-            self._loop.call(self._short, spec)
+        self._loop.call(self._short, spec)
 
     def cancel(self, req_id: str) -> None:
         """Gives up a request's hand-off."""
@@ -113,6 +112,7 @@ class Sender:
         callback: Callback | None,
         moved: concurrent.futures.Future[int],
         started: float,
+        short: bool,
     ) -> None:
         handoff = self._handoff(spec)
         handoff.touched = time.monotonic()
@@ -121,6 +121,8 @@ class Sender:
         job = Job(handoff, handoff.batches, keys, objects, last, started, moved)
         handoff.batches += 1
         handoff.running += 1
+        if short:
+            self._short(spec)
         self._loop.start(self._run(job, callback))
         self._sweep_soon()
 
@@ -412,7 +414,9 @@ class Sender:
                 continue
             if handoff.failure is None:
                 idle = f"{self._options.idle_timeout:g} s"
-                self._fail(handoff, HandOffFailed(f"the prefill did not go on for {idle}: {handoff.chunks} chunks came"))
+                self._fail(
+                    handoff, HandOffFailed(f"the prefill did not go on for {idle}: {handoff.chunks} chunks came")
+                )
             handoff.last_seen = True
             self._settle(handoff)
         if self._handoffs:
