@@ -2,6 +2,7 @@
 # against them, by exact type. An object file is all that comes of it: the build fails when a declaration differs.
 include_guard(GLOBAL)
 
+option(KVLINK_VENDOR_CHECK "Compare our declarations with the headers of the CANN that was found" ON)
 # The folder that holds ascend/*.h and ascend/*.inc.
 set(KVLINK_DECLARATIONS ${KVLINK_ROOT}/backends CACHE PATH "Declarations to compare with the vendor's headers")
 mark_as_advanced(KVLINK_DECLARATIONS)
@@ -32,8 +33,9 @@ function(_kvlink_declared_functions list macro text out_file)
   set(undeclared ${undeclared} PARENT_SCOPE)
 endfunction()
 
-# kvlink_compare_headers(FOLDERS): adds the comparison with the headers in these include folders to the build; prints
-# which of our functions were compared and which the headers lack.
+# kvlink_compare_headers(FOLDERS [OPTIONAL]): adds the comparison with the headers in these include folders to the build;
+# prints which of our functions were compared and which the headers lack. Headers that cannot be read are an error, or
+# with OPTIONAL a warning: a toolkit that lacks some header of a header is still one to build for.
 function(kvlink_compare_headers folders)
   set(sources ${KVLINK_ROOT}/cmake/vendor_headers)
   set(generated ${CMAKE_BINARY_DIR}/vendor_headers)
@@ -44,7 +46,12 @@ function(kvlink_compare_headers folders)
   execute_process(COMMAND ${CMAKE_CXX_COMPILER} -std=c++17 -E -dD -x c++ ${includes} ${sources}/vendor.h
                   OUTPUT_VARIABLE text ERROR_VARIABLE error RESULT_VARIABLE code)
   if(NOT code EQUAL 0)
-    message(FATAL_ERROR "The vendor headers in ${folders} do not compile: ${error}")
+    set(kind FATAL_ERROR)
+    if("OPTIONAL" IN_LIST ARGN)
+      set(kind WARNING)
+    endif()
+    message(${kind} "The vendor headers in ${folders} do not compile, so nothing is compared with them: ${error}")
+    return()
   endif()
   string(REPLACE ";" " " text "${text}") # one string for CMake, not a list
   set(declarations ${KVLINK_DECLARATIONS}/ascend)
@@ -91,7 +98,7 @@ endfunction()
 
 # kvlink_check_vendor_headers(ROOT): ROOT is a toolkit's folder; nothing happens when it is empty or has no headers.
 function(kvlink_check_vendor_headers root)
-  if(NOT root OR TARGET kvlink_vendor_headers)
+  if(NOT root OR NOT KVLINK_VENDOR_CHECK OR TARGET kvlink_vendor_headers)
     return()
   endif()
   set(folders "")
@@ -110,5 +117,5 @@ function(kvlink_check_vendor_headers root)
     message(STATUS "No vendor headers under ${root}: our declarations are not compared with them")
     return()
   endif()
-  kvlink_compare_headers("${folders}")
+  kvlink_compare_headers("${folders}" OPTIONAL)
 endfunction()

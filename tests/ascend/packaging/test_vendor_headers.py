@@ -199,3 +199,21 @@ def test_where_a_toolkit_has_headers_the_build_compares(tmp_path: Path) -> None:
     refused = run(command)
     assert refused.returncode != 0
     assert "aclrtSetDevice differs from the vendor's declaration" in flat(refused.stdout)
+
+
+def test_a_toolkit_whose_headers_are_incomplete_is_still_built_for(tmp_path: Path) -> None:
+    toolkit = toolkit_with_headers("2.9.0", tmp_path / "cann")
+    (toolkit / "include" / "acl").unlink()
+    (toolkit / "include" / "acl").mkdir()
+    (toolkit / "include" / "acl" / "acl.h").write_text('#include "not/there.h"\n')
+    result = configure(ROOT, tmp_path / "build", env=environment({"ASCEND_HOME_PATH": str(toolkit)}))
+    assert result.returncode == 0, result.stdout
+    assert "nothing is compared with them" in flat(result.stdout)
+    assert "Backend hccl is built" in result.stdout
+
+
+def test_the_comparison_can_be_turned_off(tmp_path: Path) -> None:
+    toolkit = toolkit_with_headers("2.9.0", tmp_path / "cann")
+    env = environment({"ASCEND_HOME_PATH": str(toolkit)})
+    result = configure(ROOT, tmp_path / "build", "KVLINK_VENDOR_CHECK=OFF", env=env)
+    assert result.returncode == 0 and "Vendor headers" not in result.stdout
