@@ -18,7 +18,7 @@ BACKENDS := hccl hcomm_onesided hixl
 BACKEND_SOURCES := $(shell find cmake backends include src/host -type f 2>/dev/null)
 CORE_SOURCES := pyproject.toml $(NATIVE_SOURCES) $(shell find src/kvlink -name '*.py')
 ADAPTER_SOURCES := $(shell find adapters -name '*.py' -o -name pyproject.toml)
-PYTHON_TREE := src/kvlink adapters/vllm/src adapters/proxy/src tools benchmarks
+PYTHON_TREE := src/kvlink backends adapters/vllm/src adapters/proxy/src tools benchmarks
 CXX_FILES = $(shell git ls-files '*.cc' '*.h')
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
@@ -107,6 +107,7 @@ lint: install
 	$(BIN)/ruff check $(PYTHON_TREE) tests
 	$(BIN)/ruff format --check $(PYTHON_TREE) tests
 	$(BIN)/mypy --strict src/kvlink
+	MYPYPATH=src $(BIN)/mypy --strict $(foreach name,$(BACKENDS),backends/$(name)/src/kvlink_$(name))
 	MYPYPATH=src:adapters/vllm/src $(BIN)/mypy --strict adapters/vllm/src/kvlink_vllm
 	MYPYPATH=src:adapters/proxy/src $(BIN)/mypy --strict adapters/proxy/src/kvlink_proxy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
@@ -162,7 +163,8 @@ conformance-asan: install sanitize
 	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) --timeout 1200 tests/conformance
 
 # The Ascend providers on the simulator of CANN, and how they are built.
-ascend: install native sanitize
+ascend: install
+	$(call native-build,native)
 	$(PYTEST) $(SLOW) --timeout 900 tests/cann_sim tests/ascend
 
 e2e: install
