@@ -130,7 +130,7 @@ def engine_retrieve(module: ModuleType) -> None:
     Why: with delayed pull, chunks that do not fit the buffer are read while the engine copies them; LMCache lets an
     error there end the engine. Goes away: when LMCache's connectors may fail for one request.
     """
-    engine = versions.require(module, "LMCacheEngine", ())
+    engine: Any = versions.require(module, "LMCacheEngine", ())
     original = versions.require(module, "LMCacheEngine.retrieve", ("self", "tokens", "mask"))
     if hasattr(original, _MARK):
         return
