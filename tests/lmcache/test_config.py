@@ -115,6 +115,15 @@ def test_a_misspelt_channel_is_refused(tmp_path):
         load(tmp_path, DECODER.replace('"host"', '"hosst"'))
 
 
+def test_the_connector_checks_the_file_too(tmp_path, monkeypatch):
+    """LMCache-Ascend replaces the configuration class, and with it what was checked when the file is read."""
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(DECODER + "pd_pul_mode: True\n")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
+    with pytest.raises(ConfigError, match=r"lmcache\.yaml: did you mean 'pd_pull_mode'"):
+        checks.check_lmcache_config(SimpleNamespace())
+
+
 def test_files_for_lmcache_alone_stay_lmcaches_business(tmp_path):
     config = load(tmp_path, "transfer_channel: nixl\nno_such_key: 1\nlocal_cpu: True\n")
     assert config.local_cpu is True

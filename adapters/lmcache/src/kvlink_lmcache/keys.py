@@ -71,7 +71,16 @@ def install(module: ModuleType) -> None:
     for key, (kind, default, convert) in added.items():
         definitions[key] = {"type": kind, "default": default, "env_converter": convert}
     _accept(config_class, {key: entry[1] for key, entry in added.items()})
-    _check_files(config_class, definitions, module._CONFIG_ALIASES)
+    _check_files(config_class, lambda: known_keys(module))
+
+
+def known_keys(module: ModuleType) -> list[str]:
+    """Returns every key of ``lmcache.v1.config``, those with an old name too.
+
+    Args:
+        module: ``lmcache.v1.config``.
+    """
+    return [*module._CONFIG_DEFINITIONS, *module._CONFIG_ALIASES]
 
 
 def _accept(config_class: Any, defaults: Mapping[str, Any]) -> None:
@@ -86,24 +95,37 @@ def _accept(config_class: Any, defaults: Mapping[str, Any]) -> None:
     config_class.__init__ = init
 
 
-def _check_files(config_class: Any, definitions: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+def _check_files(config_class: Any, known: Callable[[], Iterable[str]]) -> None:
     from_file = config_class.from_file.__func__
 
     @classmethod  # type: ignore[misc]
     @functools.wraps(from_file)
     def checked(cls: Any, file_path: str) -> Any:
-        import yaml
-
-        given = yaml.safe_load(Path(file_path).read_text(encoding="utf-8")) or {}
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{file_path} holds a {type(given).__name__}; expected keys and values")
-        if is_ours(given):
-            check_keys(given, [*definitions, *aliases], str(file_path))
-            for key in ASCEND_KEYS:
-                check_value(key, given.get(key), str(file_path))
+        check_file(file_path, known())
         return from_file(cls, file_path)
 
     config_class.from_file = checked
+
+
+def check_file(path: str, known: Iterable[str]) -> None:
+    """Refuses a file that is meant for kvlink and has an unknown key or a wrong value.
+
+    Args:
+        path: LMCache's YAML file.
+        known: The keys there are.
+
+    Raises:
+        ConfigError: With the nearest key, or the value and what was expected.
+    """
+    import yaml
+
+    given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{path} holds a {type(given).__name__}; expected keys and values")
+    if is_ours(given):
+        check_keys(given, known, path)
+        for key in ASCEND_KEYS:
+            check_value(key, given.get(key), path)
 
 
 def is_ours(given: Mapping[str, Any]) -> bool:

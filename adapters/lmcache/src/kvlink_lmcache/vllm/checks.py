@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kvlink.errors import ConfigError
-from kvlink_lmcache import names
+from kvlink_lmcache import keys, names
 from kvlink_lmcache.log import get_logger
 
 logger = get_logger()
@@ -91,8 +91,13 @@ def check_lmcache_config(vllm_config: Any) -> Any:
         ConfigError: A misspelt key, a list of ports shorter than TP, roles that do not match, a device that is none.
     """
     from lmcache.integration.vllm.utils import lmcache_get_or_create_config
+    from lmcache.v1 import config as keys_of
     from lmcache.v1.config_base import validate_and_set_config_value
 
+    path = os.environ.get("LMCACHE_CONFIG_FILE")
+    if path:
+        # Again, because LMCache-Ascend makes a configuration class of its own, which checks no file.
+        keys.check_file(path, keys.known_keys(keys_of))
     try:
         config = lmcache_get_or_create_config()
         for key, value in (vllm_config.kv_transfer_config.kv_connector_extra_config or {}).items():
