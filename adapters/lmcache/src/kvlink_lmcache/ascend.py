@@ -113,7 +113,8 @@ class AscendChannel(KVLinkChannel):
         config = known.config if known is not None else None
         own = settings.adapter_settings(config)
         self.handle_device = _current_device(tp_rank)
-        device = f"npu:{self.handle_device}" if any(kind == "npu" for *_, kind in wanted) else "cpu"
+        memory = f"npu:{self.handle_device}" if any(kind == "npu" for *_, kind in wanted) else "cpu"
+        device = settings.channel_device(channel_type, memory, self.handle_device)
         channel = kvlink.open_from_config(
             settings.channel_config(
                 channel_type,
@@ -126,7 +127,7 @@ class AscendChannel(KVLinkChannel):
             self._buffers: list[Buffer] = []
             for number, (address, nbytes, page_bytes, kind) in enumerate(wanted):
                 name = REGION if number == 0 else f"{REGION}-{number}:{page_bytes}"
-                where = "cpu" if kind == "cpu" else device
+                where = "cpu" if kind == "cpu" else memory
                 region = channel.register((address, nbytes, where), name=name)
                 self._buffers.append(Buffer(name, address, nbytes, page_bytes, region))
             self.endpoint = Endpoint(

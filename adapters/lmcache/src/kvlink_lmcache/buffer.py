@@ -88,11 +88,11 @@ class PDBuffer(MemoryAllocatorInterface):  # type: ignore[misc]
         if self.total == 0:
             raise ConfigError(f"a PD buffer of {nbytes} bytes does not hold one chunk of {self.page_bytes} bytes")
         size = self.total * self.page_bytes
-        if device == "cpu" and kvlink.Capability.ALLOCATE in channel.capabilities:
+        if device == channel.device == "cpu" and kvlink.Capability.ALLOCATE in channel.capabilities:
             self.region = channel.allocate(size, name=REGION)
             memory = torch.frombuffer(self.region.buffer(), dtype=torch.uint8)
         else:
-            memory = torch.zeros(size, dtype=torch.uint8, device=device)
+            memory = _zeros(size, device)
             self.region = channel.register(memory, name=REGION)
         self.pages = Pages(memory, [shape], [dtype], fmt)
         self.shape, self.dtype, self.fmt = shape, dtype, fmt
@@ -157,3 +157,11 @@ class PDBuffer(MemoryAllocatorInterface):  # type: ignore[misc]
         self.pages.freed = None
         for item in self.pages.free_blocks:
             item.meta.ref_count = 0  # LMCache's free objects count 1 until first used, and complain when they go
+
+
+def _zeros(nbytes: int, device: str) -> torch.Tensor:
+    try:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"pd_buffer_device {device}: {nbytes} bytes cannot be had there: {reason}") from error

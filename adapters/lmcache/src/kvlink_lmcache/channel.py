@@ -67,12 +67,13 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
         config = known.config if known is not None else None
         adapter = settings.adapter_settings(config)
         identity = settings.identity(config, known.metadata) if known is not None else {}
-        kv_device = settings.kvlink_device(device)
+        memory = device or "cpu"
+        where = settings.channel_device(channel_type, memory, tp_rank)
         channel = kvlink.open_from_config(
-            settings.channel_config(channel_type, listen=peer_init_url, device=kv_device, identity=identity)
+            settings.channel_config(channel_type, listen=peer_init_url, device=where, identity=identity)
         )
         try:
-            region = channel.register((buffer_ptr, buffer_size, kv_device), name=REGION)
+            region = channel.register((buffer_ptr, buffer_size, memory), name=REGION)
             self.endpoint = Endpoint(
                 channel,
                 region,

@@ -60,7 +60,11 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
         own[f"pd_{options.role}"] = options.role
         self._channel = kvlink.open_from_config(
             settings.channel_config(
-                config.transfer_channel, listen=options.listen, device=options.device, identity=own, config=config
+                config.transfer_channel,
+                listen=options.listen,
+                device=settings.channel_device(config.transfer_channel, options.device, options.device_index),
+                identity=own,
+                config=config,
             )
         )
         try:

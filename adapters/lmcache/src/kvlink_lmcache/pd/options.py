@@ -26,6 +26,7 @@ class PDOptions:
         listen: "host:port" of this rank's channel, or None for any.
         buffer_bytes: Size of the PD buffer.
         device: Where it is: "cpu", "npu:0".
+        device_index: This rank's NPU among those that the process sees.
         proxy: "host:port" of the proxy, or None where nobody is told.
         pending_ttl: Seconds that chunks wait for whoever needs them.
         backoff: Seconds for which a decoder that failed is not tried again.
@@ -46,6 +47,7 @@ class PDOptions:
     listen: str | None
     buffer_bytes: int
     device: str
+    device_index: int
     proxy: str | None
     pending_ttl: float
     backoff: float
@@ -89,6 +91,7 @@ def read(config: Any, metadata: Any) -> PDOptions:
         listen=_listen(config, role, mode, rank, ranks),
         buffer_bytes=size,
         device="cpu" if offload else _device(config, metadata),
+        device_index=_device_index(metadata),
         proxy=_proxy(config, role),
         pending_ttl=float(getattr(config, "pd_pull_pending_ttl", 360.0)),
         backoff=float(getattr(config, "pd_alloc_fail_backoff_ttl", 2.0)),
@@ -178,4 +181,9 @@ def _device(config: Any, metadata: Any) -> str:
     if device is None:
         raise ConfigError("pd_buffer_device is missing; expected cpu or npu")
     kind = str(device).split(":")[0]
-    return "cpu" if kind == "cpu" else f"{kind}:{int(metadata.worker_id)}"
+    return "cpu" if kind == "cpu" else f"{kind}:{_device_index(metadata)}"
+
+
+def _device_index(metadata: Any) -> int:
+    local = getattr(metadata, "local_worker_id", None)
+    return int(metadata.worker_id if local is None else local)

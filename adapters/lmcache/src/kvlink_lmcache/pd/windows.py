@@ -87,7 +87,7 @@ class Windows:
             for passed in [other for other in self._readings if other < number]:
                 self._readings.pop(passed).release()
             reading = self._begin(number)
-            if number + 1 < len(self._windows):
+            if number + 1 < len(self._windows) and len(self._windows[number + 1]) <= self._buffer.free_pages:
                 self._begin(number + 1)
             if not reading.whole:
                 reading.finish()
