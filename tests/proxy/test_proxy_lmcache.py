@@ -64,7 +64,7 @@ def test_prefill_then_ready_then_decode(lmcache: Make, names_rank: bool) -> None
     assert spec["req_id"].startswith(answer.headers["x-request-id"])
     assert p.requests[0]["max_tokens"] == 1
     assert d.requests[0]["max_tokens"] == 4
-    assert "kv_transfer_params" not in d.requests[0]
+    assert d.requests[0]["kv_transfer_params"] == {"kvlink.whole_prompt": True}
     assert proxy.metric("handoffs_total", outcome="ready") == 1
 
 

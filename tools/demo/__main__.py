@@ -12,33 +12,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from tools.cluster import HttpError, ProcessFailedError
+from tools.cluster import Completion, HttpError, ProcessFailedError
 from tools.demo.run import REQUESTS, Row, ask_single, ask_split, median_ms
 from tools.make_model import make_model
 
 FOLDER = Path("build/demo")
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def terminated(number: int, frame: FrameType | None) -> None:
     """End as Ctrl-C does, so that everything is stopped in order."""
     raise SystemExit(128 + number)
 
 
-class _Clock:
+class Clock:
     """Prints lines of progress with the seconds since the start."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
 
     def __call__(self, line: str) -> None:
+        """Print a line."""
         print(f"[{time.monotonic() - self._start:4.0f} s] {line}", flush=True)
 
 
-def _print_result(rows: Sequence[Row]) -> None:
-    head = rows[0]
-    answer = head.split.answers[0]
+def print_answer(answer: Completion) -> None:
+    """Print a completion's text."""
     print(f"\nThe completion ({len(answer.token_ids)} tokens; the model is random, so its words mean nothing):\n")
     print(textwrap.indent(textwrap.fill(repr(answer.text), 100), "    "))
+
+
+def _print_result(rows: Sequence[Row]) -> None:
+    print_answer(rows[0].split.answers[0])
     print("\nPrompt tokens over kvlink and computed by the decoder; times are medians:\n")
     columns = ("request", "tokens", "over kvlink", "computed", "moved", "path", "transfer", "TTFT", "single", "text")
     layout = "  {:<24}{:>7}{:>13}{:>10}{:>11}{:>6}{:>11}{:>10}{:>10}  {}"
@@ -79,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--repeats", type=int, default=3, metavar="N", help="each request is sent N times (%(default)s)"
     )
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminated)
-    report = _Clock()
+    signal.signal(signal.SIGTERM, terminated)
+    report = Clock()
     folder = (FOLDER / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
     try:
         report("making the small model")

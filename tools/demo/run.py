@@ -11,7 +11,7 @@ from pathlib import Path
 from tools.cluster import Cluster, Completion, EngineSpec, Pull, PullTrace, Server, kvlink_config
 
 SENTENCE = "Explain the significance of KV cache in language models in English."
-_WARM_UP = "Hello"
+WARM_UP = "Hello"
 _MAX_CORES = 8
 
 
@@ -135,7 +135,7 @@ def ask_single(
         engine = cluster.engine(EngineSpec("single", model, cores=cores))
         cluster.wait_ready()
         report("asking the single engine")
-        engine.complete(_WARM_UP, max_tokens=2)
+        engine.complete(WARM_UP, max_tokens=2)
         return [
             [engine.complete(request.prompt, max_tokens=request.max_tokens) for _ in range(repeats)]
             for request in requests
@@ -182,7 +182,7 @@ def ask_split(
         proxy = cluster.proxy([prefill], [decode])
         cluster.wait_ready()
         report("asking the prefiller and the decoder, through the proxy")
-        proxy.complete(_WARM_UP, max_tokens=2)
+        proxy.complete(WARM_UP, max_tokens=2)
         trace.take(1)
         results = []
         for request in requests:

@@ -6,6 +6,7 @@ decode. What it waits for has a deadline, what fails has a reason, and the decod
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -23,6 +24,10 @@ from kvlink_proxy.native import Flow, Job
 from kvlink_proxy.upstream import Handoff, ask_prefiller
 
 logger = logging.getLogger(__name__)
+
+
+# For kvlink's LMCache adapter: the prompt ends where the prefiller's did. LMCache itself ignores it.
+_WHOLE_PROMPT = {"kvlink.whole_prompt": True}
 
 
 class LMCacheFlow(Flow):
@@ -60,7 +65,10 @@ class LMCacheFlow(Flow):
         if job.opening and job.opening.complete:
             await self._sent(job.exchange.finish(job.opening.ending(bool(job.body.get("stream")))))
             return "ok"
-        return await self._decode(job, None, reason, first=decoder)
+        handoff: Handoff | None = None
+        if isinstance(result, Handoff) and job.opening is None:
+            handoff = dataclasses.replace(result, params=_WHOLE_PROMPT)
+        return await self._decode(job, handoff, reason, first=decoder)
 
     async def _hand_over(self, job: Job, engine: Engine, suffix: str, receiver: Receiver, opens: bool) -> Handoff:
         """Have one prefiller compute the prompt and send its KV to the decoder."""
