@@ -102,3 +102,23 @@ def test_vllms_version_is_checked(monkeypatch):
     assert "vLLM 0.27.1 was not tested" in said[0]
     with pytest.raises(versions.VersionError, match=r"vLLM 0\.11\.0 is older than 0\.18: install"):
         versions.check_vllm("0.11.0")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mla", "message"),
+    [
+        ((1, 2, 1), False, "pipeline or data parallel"),
+        ((1, 1, 2), False, "pipeline or data parallel"),
+        ((2, 1, 1), True, "MLA and tensor parallel.*--tensor-parallel-size 1"),
+        ((2, 1, 1), False, None),
+        ((1, 1, 1), True, None),
+    ],
+)
+def test_ways_to_be_parallel(sizes, mla, message):
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    parallel = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
+    if message is None:
+        checks.check_parallel(parallel, mla=mla)
+        return
+    with pytest.raises(checks.UnsupportedFeature, match=message):
+        checks.check_parallel(parallel, mla=mla)

@@ -109,12 +109,31 @@ def check_lmcache_config(vllm_config: Any) -> Any:
         ) from error
     parallel = vllm_config.parallel_config
     check_config(config, tp_size=int(parallel.tensor_parallel_size), kv_role=vllm_config.kv_transfer_config.kv_role)
-    if config.enable_pd and (parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1):
+    if config.enable_pd:
+        check_parallel(parallel, mla=bool(getattr(vllm_config.model_config, "use_mla", False)))
+    return config
+
+
+def check_parallel(parallel: Any, *, mla: bool) -> None:
+    """Refuses what has no place in LMCache's hand-off: it knows one port and one part of the KV a rank.
+
+    Args:
+        parallel: vLLM's ``parallel_config``.
+        mla: The model keeps one latent vector a token, the same on each rank.
+
+    Raises:
+        UnsupportedFeature: Pipeline or data parallel, or MLA with tensor parallel.
+    """
+    if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         raise UnsupportedFeature(
             "enable_pd with pipeline or data parallel is not supported: ports are one per tensor-parallel rank; use "
             "--tensor-parallel-size and start one engine a replica"
         )
-    return config
+    if mla and parallel.tensor_parallel_size > 1:
+        raise UnsupportedFeature(
+            "enable_pd with MLA and tensor parallel is not supported: LMCache stores such KV on the first rank only, and "
+            "the others would wait for theirs; set --tensor-parallel-size 1"
+        )
 
 
 def check_config(config: Any, *, tp_size: int, kv_role: str) -> None:
