@@ -1,6 +1,8 @@
 #include "connection.h"
 
 #include <poll.h>
+#include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -29,7 +31,11 @@ bool pause_ms(uint32_t milliseconds, const Deadline &deadline) {
 }
 
 uint32_t jitter(uint32_t milliseconds) {
-  static thread_local std::minstd_rand random(std::random_device{}());
+  // Not std::random_device: GCC's, linked in, asks the host for a C library of 2022.
+  static thread_local std::minstd_rand random([] {
+    unsigned seed = 1;
+    return getrandom(&seed, sizeof seed, GRND_NONBLOCK) == sizeof seed ? seed : static_cast<unsigned>(getpid());
+  }());
   return milliseconds / 2 + static_cast<uint32_t>(random() % (milliseconds / 2 + 1));
 }
 

@@ -174,8 +174,11 @@ void Engine::describe(LinkBlob *blob) const {
   blob->link_option = static_cast<uint32_t>(options_.link_option());
   blob->device_port = static_cast<uint32_t>(options_.device_port);
   blob->physical_id = device.physical_id();
-  blob->super_device_id = device.super_device_id();
-  blob->super_pod_id = device.super_pod_id();
+  const auto chosen = [](uint64_t option, int64_t told) {
+    return option == Options::kNotSet ? told : static_cast<int64_t>(option);
+  };
+  blob->super_device_id = chosen(options_.super_device_id, device.super_device_id());
+  blob->super_pod_id = chosen(options_.super_pod_id, device.super_pod_id());
   ascend::put_text(blob->server_id, options_.server_id);
   ascend::put_text(blob->device_ip, address_.ip);
   ascend::put_text(blob->soc, device.soc_name());

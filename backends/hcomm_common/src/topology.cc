@@ -67,6 +67,16 @@ Failure check_alignment(const LinkBlob &blob, const char *whose) {
                       whose, blob.unaligned);
 }
 
+Failure check_super_pod(const LinkBlob &self, const LinkBlob &peer) {
+  const bool pods = static_cast<ascend::SocFamily>(self.family) == ascend::SocFamily::kA3;
+  if (!pods || (self.super_device_id >= 0 && peer.super_device_id >= 0)) return {};
+  return make_failure(KVL_UNSUPPORTED, kSite,
+                      "the link is HCCS between A3 devices, for which HCCL needs their super_device_id, and CANN %s "
+                      "does not tell it (aclrtGetDeviceInfo): set option super_device_id on both sides (SDID in "
+                      "`npu-smi info -t spod-info`), or HCCL_INTRA_ROCE_ENABLE=1",
+                      self.cann);
+}
+
 Failure check_addresses(const LinkBlob &self, const LinkBlob &peer) {
   if (self.device_ip[0] == '\0' || peer.device_ip[0] == '\0') {
     const LinkBlob &blob = self.device_ip[0] == '\0' ? self : peer;
@@ -92,6 +102,7 @@ Failure plan_link(const LinkBlob &self, const LinkBlob &peer, uint32_t role, Top
   if (topology->link == LinkType::kHccs) {
     failure = check_alignment(self, "this side's");
     if (failure.ok()) failure = check_alignment(peer, "the peer's");
+    if (failure.ok()) failure = check_super_pod(self, peer);
   } else {
     failure = check_addresses(self, peer);
   }

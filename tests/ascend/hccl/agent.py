@@ -6,6 +6,10 @@ import ctypes
 import json
 from typing import Any
 
+import numpy as np
+
+import kvlink
+from kvlink.errors import ConfigError
 from kvlink.testing.agent import Agent
 from kvlink.testing.wire import serve
 
@@ -35,6 +39,18 @@ class SimulatedAgent(Agent):
     def do_violations(self) -> int:
         """Returns how often a rule was broken that real hardware leaves undefined."""
         return int(self._simulator.cann_sim_violations())
+
+    def do_cycles(self, *, address: str, count: int, local: str, remote: str, channel: str = "main") -> None:
+        """Connects, moves bytes both ways and disconnects, again and again, and keeps nothing of it."""
+        opened, own = self._channels[channel], self._storage[local].region
+        blocks = np.array([[0, 0, 4096], [8192, 65_536, 100]], dtype=np.int64)
+        for _ in range(count):
+            peer = opened.connect(address, timeout=10.0)
+            ranges = kvlink.ranges(own, peer.wait_region(remote, timeout=5.0), blocks)
+            for transfer in (peer.put(ranges), peer.get(ranges)):
+                if not transfer.wait(10.0):
+                    raise ConfigError("a transfer did not end within 10 s")
+            peer.close()
 
     def do_call_acl(self, *, function: str, argument: int) -> int:
         """Calls an ACL function of one integer in a thread of this process, as a framework would."""

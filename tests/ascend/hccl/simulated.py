@@ -42,8 +42,15 @@ class Cell:
 
     @property
     def works(self) -> bool:
-        """Whether bytes move; over HCCS HCCL reaches device memory only."""
-        return self.link == "roce" or self.pair == ("device", "device")
+        """Whether bytes move; over HCCS HCCL reaches device memory only, and CANN 8.3 does not know an A3's SDID."""
+        if self.link == "roce":
+            return True
+        return self.pair == ("device", "device") and not self.nameless
+
+    @property
+    def nameless(self) -> bool:
+        """Whether HCCS needs an id that this CANN does not tell."""
+        return (self.flavour, self.soc, self.link) == ("8.3", "A3", "hccs")
 
     @property
     def id(self) -> str:

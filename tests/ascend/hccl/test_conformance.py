@@ -20,6 +20,18 @@ from .simulated import Cell, cells, on_host
 
 PROFILE = os.environ.get("KVLINK_TEST_PROFILE", "quick")
 
+# What HCCL does not do, and how the refusal is worded.
+OVERLAP = {"memory.one piece of memory under two names": "overlap .* registered: register the whole buffer once"}
+HCCS = dict.fromkeys(
+    (
+        "data.* of plain memory",
+        "data.* of allocated memory",
+        "data.between kinds of memory",
+        "memory.every kind registers, moves and closes",
+    ),
+    "over which HCCL reaches device memory only|moves device memory to device memory",
+)
+
 SKIPS = (
     r"^the provider does not claim (LATE_MEMORY|LINK_CHECK|BUSY_POLL)",
     r"^memory registered late works at once",
@@ -36,6 +48,7 @@ class CellSuite(ProviderSuite):
     cell: ClassVar[Cell]
     stream = "tests.ascend.hccl.acl_stream:make"
     devices = ("npu:0", "npu:1", "npu:2", "npu:3", "npu:4", "npu:5")
+    plain_alignment = 4096
     profile = PROFILE
     skips = SKIPS
 
@@ -51,7 +64,10 @@ class CellSuite(ProviderSuite):
 
 def _suite(cell: Cell) -> type[CellSuite]:
     name = "Test_" + cell.id.replace("-", "_").replace(".", "")
-    members = {"cell": cell, "provider": cell.provider, "pair": cell.pair, "__module__": __name__}
+    members = {"cell": cell, "provider": cell.provider, "pair": cell.pair, "refusals": OVERLAP}
+    if cell.link == "hccs":
+        members |= {"refusals": {**OVERLAP, **HCCS}, "skips": (*SKIPS, r"^the provider serves no plain memory")}
+    members["__module__"] = __name__
     suite = type(name, (CellSuite,), members)
     return suite if cell in QUICK else pytest.mark.slow(suite)
 

@@ -34,6 +34,8 @@ SPEC = ProviderSpec(
         Option("device_ip", "str", None, "address of the device's NIC; default: /etc/hccn.conf, then hccn_tool"),
         Option("server_id", "str", None, "name of this server; peers with the same one count as one server"),
         Option("streams", "int", None, "transfers of one peer on the device at once; default 2"),
+        Option("super_device_id", "int", None, "SDID of an A3 in a super-pod, where CANN does not tell it"),
+        Option("super_pod_id", "int", None, "super-pod of an A3, where CANN does not tell it"),
         Option("max_in_flight", "int", None, "transfers of one peer accepted at once; default 64"),
         Option("host_staging", "size", None, "bytes of pinned memory through which other host memory moves; 0 = off"),
         Option("host_staging_links", "int", None, "peers that the staging area serves at once; default 8"),

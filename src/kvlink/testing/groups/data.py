@@ -107,6 +107,7 @@ def between_kinds(context: Context) -> None:
     context.need(pairs, f"the provider serves only {context.kinds[0]} memory")
     for kinds in pairs:
         pair = context.pair(two_processes=True, kinds=kinds)
+        pair.a.wait_region(pair.ab, "b")
         for operation, capability in _OPERATIONS.items():
             if capability in context.capabilities:
                 move_and_compare(pair, operation, True, mixed(10, alignment=context.alignment, seed=3))

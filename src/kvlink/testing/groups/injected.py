@@ -39,6 +39,9 @@ class _Life:
 
     def __init__(self, context: Context, a_fail: str, b_fail: str) -> None:
         self.context = context
+        # Asked before a channel is open: finding out opens one, of the provider itself.
+        host = "allocated" in context.kinds and not context.settings.pair
+        self.kind = "allocated" if host else context.kind
         self.injected: list[str] = []
         self.logs = [context.folder / "a.log", context.folder / "b.log"]
         for log in self.logs:
@@ -83,8 +86,7 @@ class _Life:
         nbytes = round_up(_MIB, max(1, context.attributes.memory_alignment))
         address_a, address_b = self.open(self.a, 0), self.open(self.b, 1)
         if address_a is not None and address_b is not None:
-            host = "allocated" in context.kinds and not context.settings.pair
-            kind = "allocated" if host else context.kind
+            kind = self.kind
             for endpoint, name, seed in ((self.a, "a", 1), (self.b, "b", 2)):
                 if not self.attempt(lambda e=endpoint, n=name, s=seed: e.memory(n, nbytes, s, kind=kind)):  # type: ignore[misc]
                     # The name is free again, and the next attempt works.
