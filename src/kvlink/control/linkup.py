@@ -32,6 +32,7 @@ T = TypeVar("T", bound=m.Message)
 FIRST_RETRY = 0.02
 LAST_RETRY = 0.5
 MAX_SETUP_SECONDS = 600.0
+OWN_WORD = 0.2
 
 
 class LinkAttempt:
@@ -151,6 +152,10 @@ class LinkAttempt:
         if not self._connecting.done():
             early = None if answer.exception() else answer.result()
             if early is None or not isinstance(early, m.Done):
+                # It may have failed because this side did: then our own error, a moment later, says more.
+                await asyncio.wait({self._connecting}, timeout=OWN_WORD)
+                if self._connecting.done():
+                    await self._connecting
                 link.interrupt()
                 if early is None:
                     await answer
