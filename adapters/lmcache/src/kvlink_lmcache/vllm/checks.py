@@ -131,8 +131,8 @@ def check_parallel(parallel: Any, *, mla: bool) -> None:
         )
     if mla and parallel.tensor_parallel_size > 1:
         raise UnsupportedFeature(
-            "enable_pd with MLA and tensor parallel is not supported: LMCache stores such KV on the first rank only, and "
-            "the others would wait for theirs; set --tensor-parallel-size 1"
+            "enable_pd with MLA and tensor parallel is not supported: LMCache stores such KV on the first rank only "
+            "and the others would wait for theirs; set --tensor-parallel-size 1"
         )
 
 
