@@ -114,11 +114,11 @@ def test_steps_that_end_inside_a_chunk():
 
 
 def test_a_preempted_prompt_is_not_sent_twice():
+    """LMCache asserts a load spec that it never makes for a prefiller: preemption would end the engine."""
     scheduler = Scheduler()
     request = scheduler.request("a", 21)
     first = sent(scheduler.step(request, 8, new=True))
     request.num_computed_tokens = 0
-    scheduler.connector.load_specs["a"] = adapter.LoadSpec(0, 0, False)
     again = sent(scheduler.step(request, 8, new=False, resumed=True))
     rest = sent(scheduler.step(request, 13, new=False))
     assert (first, again, rest) == ([(0, 8)], [], [(8, 21)])
@@ -188,3 +188,11 @@ def test_a_prefiller_that_goes_on_decoding_sends_nothing_more():
     first = sent(scheduler.step(request, 9, new=True))
     request.all_token_ids.append(99)
     assert (first, scheduler.step(request, 1, new=False)) == ([(0, 9)], [])
+
+
+def test_a_preempted_plain_request_of_a_prefiller():
+    scheduler = Scheduler()
+    request = scheduler.request("plain", 21, disagg=False)
+    scheduler.step(request, 8, new=True)
+    request.num_computed_tokens = 4  # what prefix caching found again
+    assert scheduler.step(request, 17, new=False, resumed=True) == []

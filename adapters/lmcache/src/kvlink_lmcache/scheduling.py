@@ -30,6 +30,7 @@ def repair(implementation: Any) -> None:
 
     @functools.wraps(build)
     def build_connector_meta(self: Any, scheduler_output: Any) -> Any:
+        give_load_specs(self, scheduler_output.scheduled_cached_reqs)
         meta = build(self, scheduler_output)
         handed = self.__dict__.setdefault("_kvlink_handed", {})
         for request_id in scheduler_output.finished_req_ids:
@@ -67,6 +68,25 @@ def repair(implementation: Any) -> None:
     implementation.request_finished = request_finished
 
 
+def give_load_specs(connector: Any, cached: Any) -> None:
+    """Gives requests that a prefiller preempted and resumes the load spec without which LMCache ends the engine.
+
+    LMCache makes one when it looks a prompt up, which it does not do for prefillers.
+
+    Args:
+        connector: LMCache's ``LMCacheConnectorV1Impl``.
+        cached: The scheduler's ``scheduled_cached_reqs``.
+    """
+    from lmcache.integration.vllm.vllm_v1_adapter import LoadSpec
+
+    for request_id in getattr(cached, "resumed_req_ids", ()):
+        request = connector._unfinished_requests.get(request_id)
+        if request is not None and request_id not in connector.load_specs:
+            connector.load_specs[request_id] = LoadSpec(
+                vllm_cached_tokens=request.num_computed_tokens, lmcache_cached_tokens=0, can_load=False
+            )
+
+
 def only_for_senders(config: Any, request: Any) -> bool:
     """Tells whether a request has nothing to do with LMCache: it is a prefiller's, and names no decoder.
 
@@ -78,7 +98,8 @@ def only_for_senders(config: Any, request: Any) -> bool:
         request: A ``ReqMeta`` of LMCache.
     """
     sender = config.enable_pd and config.pd_role == "sender" and not config.local_cpu
-    return bool(sender and request.disagg_spec is None and request.load_spec is None)
+    loads = request.load_spec is not None and request.load_spec.can_load
+    return bool(sender and request.disagg_spec is None and not loads)
 
 
 def is_through(trackers: Mapping[str, Any], request: Any, handed: Mapping[str, int]) -> bool:
