@@ -18,15 +18,17 @@ BACKENDS := hccl hcomm_onesided hixl
 BACKEND_SOURCES := $(shell find cmake backends include src/host -type f 2>/dev/null)
 CORE_SOURCES := pyproject.toml $(NATIVE_SOURCES) $(shell find src/kvlink -name '*.py')
 ADAPTER_SOURCES := $(shell find adapters -name '*.py' -o -name pyproject.toml)
-PYTHON_TREE := src/kvlink backends adapters/vllm/src adapters/proxy/src tools benchmarks
+ADAPTERS := vllm proxy lmcache
+PYTHON_TREE := src/kvlink backends $(ADAPTERS:%=adapters/%/src) tools benchmarks
 CXX_FILES = $(shell git ls-files '*.cc' '*.h')
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help demo test test-full lint bench wheels install native sanitize aarch64 unit conformance conformance-asan \
+.PHONY: help demo demo-lmcache test test-full lint bench wheels install native sanitize aarch64 unit conformance conformance-asan \
   ascend e2e clean
 
 help:
 	@echo "make demo       two vLLM engines split one request over kvlink (CHANNEL_PATH=tcp forces TCP)"
+	@echo "make demo-lmcache  the same through LMCache (DEMO_ARGS=\"--mode pull\")"
 	@echo "make test       lint, native tests (x86-64 and aarch64), unit tests, conformance, Ascend, end-to-end runs"
 	@echo "make test-full  every combination"
 	@echo "make lint       ruff, mypy --strict, clang-format"
@@ -49,6 +51,15 @@ $(VENV)/engine.stamp: $(VENV)/dev.stamp requirements/cpu-engine.txt requirements
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu-engine-nodeps.txt
 	@touch $@
 
+# Both lines of LMCache that the adapter supports: one in .venv, the older one in a folder of its own.
+$(VENV)/lmcache.stamp: $(VENV)/engine.stamp $(wildcard requirements/lmcache*.txt)
+	@echo "Installing LMCache..."
+	$(BIN)/pip install --quiet -r requirements/lmcache.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/lmcache-nodeps.txt
+	@rm -rf build/lmcache-0.4.4
+	$(BIN)/pip install --quiet --no-deps --target build/lmcache-0.4.4 -r requirements/lmcache-0.4.4-nodeps.txt
+	@touch $@
+
 dist/core.stamp: $(VENV)/dev.stamp $(CORE_SOURCES)
 	@mkdir -p dist && rm -f dist/kvlink-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist -C build-dir=build/wheel .
@@ -65,13 +76,13 @@ dist/backends.stamp: $(VENV)/dev.stamp $(BACKEND_SOURCES)
 	@touch $@
 
 dist/adapters.stamp: $(VENV)/dev.stamp $(ADAPTER_SOURCES)
-	@mkdir -p dist && rm -f dist/kvlink_vllm-*.whl dist/kvlink_proxy-*.whl
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist ./adapters/vllm ./adapters/proxy
+	@mkdir -p dist && rm -f $(ADAPTERS:%=dist/kvlink_%-*.whl)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w dist $(ADAPTERS:%=./adapters/%)
 	@touch $@
 
-$(VENV)/kvlink.stamp: $(VENV)/engine.stamp dist/core.stamp dist/backends.stamp dist/adapters.stamp
+$(VENV)/kvlink.stamp: $(VENV)/lmcache.stamp dist/core.stamp dist/backends.stamp dist/adapters.stamp
 	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/kvlink-*.whl $(BACKENDS:%=dist/kvlink_%-*.whl) \
-	  dist/kvlink_vllm-*.whl dist/kvlink_proxy-*.whl
+	  $(ADAPTERS:%=dist/kvlink_%-*.whl)
 	@touch $@
 
 # One process sets up at a time; the second finds the work done.
@@ -85,6 +96,9 @@ wheels:
 # ---- what people run -------------------------------------------------------------------------------------------------
 demo: install
 	@$(BIN)/python -m tools.demo --path $(CHANNEL_PATH)
+
+demo-lmcache: install
+	@$(BIN)/python -m tools.demo.lmcache --path $(CHANNEL_PATH) $(DEMO_ARGS)
 
 # NIXL is what the engine part compares with; it goes into a folder of its own.
 build/nixl.stamp:
@@ -108,8 +122,8 @@ lint: install
 	$(BIN)/ruff format --check $(PYTHON_TREE) tests
 	$(BIN)/mypy --strict src/kvlink
 	MYPYPATH=src $(BIN)/mypy --strict $(foreach name,$(BACKENDS),backends/$(name)/src/kvlink_$(name))
-	MYPYPATH=src:adapters/vllm/src $(BIN)/mypy --strict adapters/vllm/src/kvlink_vllm
-	MYPYPATH=src:adapters/proxy/src $(BIN)/mypy --strict adapters/proxy/src/kvlink_proxy
+	@set -e; for name in $(ADAPTERS); do echo "mypy --strict adapters/$$name"; \
+	  MYPYPATH=src:adapters/$$name/src $(BIN)/mypy --strict adapters/$$name/src/kvlink_$$name; done
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 # native-build(folder, settings): configure and build with the C++ tests and all Ascend providers.
@@ -153,7 +167,7 @@ aarch64:
 SLOW := $(if $(FULL),,-m "not slow")
 
 unit: install
-	$(PYTEST) $(SLOW) --timeout 300 tests/unit tests/chaos tests/proxy tests/vllm
+	$(PYTEST) $(SLOW) --timeout 300 tests/unit tests/chaos tests/proxy tests/vllm tests/lmcache
 
 conformance: install
 	$(PYTEST) $(SLOW) --timeout 600 tests/conformance
