@@ -198,7 +198,7 @@ def test_a_cancelled_write_returns_after_its_end(pair: tuple[Pool, Pool]) -> Non
         task.cancel()
         (ended,) = await asyncio.gather(task, return_exceptions=True)
         assert ended == 4 or isinstance(ended, asyncio.CancelledError)
-        assert sender.channel.endpoint.channel.statistics().transfers_active == 0
+        assert sender.channel.endpoint.channel.statistics().in_flight == 0
 
     asyncio.run(asyncio.wait_for(go(), 20))
 

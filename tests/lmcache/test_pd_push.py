@@ -223,7 +223,7 @@ def test_a_prefill_that_does_not_go_on_is_given_up_on_both_sides(proxy: Proxy) -
     prefiller = Prefiller(8, proxy, extra_config={"kvlink.lmcache.idle_timeout": 0.3})
     try:
         prefiller.store("r", decoder, 1, 3, total=6, last=False)
-        assert "did not go on" in proxy.hear()["reason"]
+        assert "3 chunks came, and no more" in proxy.hear()["reason"]
         until(lambda: decoder.free == 8 and prefiller.free == 8, "pages are free")
         assert decoder.backend.held()["reserved"] == 0 and prefiller.backend.held()["handoffs"] == 0
     finally:
@@ -349,3 +349,14 @@ def test_what_is_refused_at_start(role: str, changes: dict[str, object], message
         return
     with pytest.raises(Exception, match=message):
         create_pd_backend(given, metadata())
+
+
+def test_an_id_that_is_used_again_is_another_request(world: tuple[Prefiller, Decoder, Proxy]) -> None:
+    prefiller, decoder, proxy = world
+    stored = []
+    for prompt in (1, 2):
+        stored.append(prefiller.store("1", decoder, prompt, 3)[0])
+        assert proxy.hear()["type"] == "ProxyNotif"
+    for prompt, data in zip((1, 2), stored, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(decoder.retrieve(prompt, 3), data, strict=True))
+    check_idle(prefiller, decoder)

@@ -55,6 +55,7 @@ class Outgoing:
 
     Attributes:
         req_id: The request's id, as the proxy gave it.
+        wire_id: What the decoder calls it: the same id used twice gets two of them.
         peer_id: LMCache's id of the decoder.
         url: "host:port" of the decoder's channel.
         total: Chunks in all, 0 when not known.
@@ -72,6 +73,7 @@ class Outgoing:
     """
 
     req_id: str
+    wire_id: str
     peer_id: str
     url: str
     total: int

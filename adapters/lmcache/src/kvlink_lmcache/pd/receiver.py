@@ -103,11 +103,8 @@ class Receiver:
             self._loop.call(event.set)
             return
         peer = self._peers.get(owner[0])
-        if peer is not None and peer.error is None:
-            try:
-                peer.notify(wire.encode(wire.Go(owner[1])))
-            except KvlinkError as error:
-                _log.debug("telling %s to go on: %s", peer.address, error)
+        if peer is not None:
+            self._tell(peer, wire.Go(owner[1]))
 
     def _lost(self, peer: kvlink.Peer, error: KvlinkError) -> None:
         self._peers.pop(peer.id, None)
@@ -187,12 +184,12 @@ class Receiver:
             ):
                 raise RequestError("the prefiller had given the chunks up while they were read")
             if not failure:
-                told = wire.Commit(message.handoff, message.batch, message.complete)
-                peer.notify(wire.encode(told))
+                peer.notify(wire.encode(wire.Commit(message.handoff, message.batch, message.complete)))
         except KvlinkError as error:
             _log.warning("request %s from prefiller %s is given up: %s", owner[1], peer.address, error)
             self.ledger.drop_batch(owner, message.batch)
             self.ledger.drop(owner)
+            self._tell(peer, wire.Pulled(message.handoff, message.batch, [], str(error)))
         self._sweep_soon()
 
     async def _room(self, owner: HandOffId, total: int, pages: int) -> None:
@@ -249,12 +246,16 @@ class Receiver:
             batches[(entry.owner.id, entry.batch)].append(entry.page)
         for (owner, number), pages in batches.items():
             peer = self._peers.get(owner[0])
-            if peer is not None and peer.error is None:
-                try:
-                    peer.notify(wire.encode(wire.Pulled(owner[1], number, pages, "the decoder could not read it")))
-                except KvlinkError as error:
-                    _log.debug("telling %s: %s", peer.address, error)
+            if peer is not None:
+                self._tell(peer, wire.Pulled(owner[1], number, pages, "it gave up"))
             self.ledger.drop(owner)
+
+    def _tell(self, peer: kvlink.Peer, message: wire.Message) -> None:
+        """Notifies a prefiller; one that is gone has been told otherwise."""
+        try:
+            peer.notify(wire.encode(message))
+        except KvlinkError as error:
+            _log.debug("telling %s: %s", peer.address, error)
 
     def _fetch(self, entries: Sequence[Entry]) -> bool:
         """Reads chunks that stayed at the prefiller (delayed pull), on the engine's thread, with a deadline.

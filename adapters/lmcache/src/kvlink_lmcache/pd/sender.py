@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,9 @@ class Sender:
         self._loop = loop
         self._notifier = notifier
         self._local_id = f"{options.rank}@{endpoint.channel.id}"
-        self._handoffs: dict[str, Outgoing] = {}
+        self._handoffs: dict[str, Outgoing] = {}  # by the proxy's id, those that take batches
+        self._on_wire: dict[str, Outgoing] = {}  # by the decoder's id, all that are not over
+        self._serial = itertools.count()
         self._broken: dict[str, tuple[float, HandOffFailed]] = {}
         self._lock = threading.Lock()  # of what the decoder's reports touch: Outgoing.offered
         self._sweeping = False
@@ -127,10 +130,12 @@ class Sender:
         self._sweep_soon()
 
     def _handoff(self, spec: Any) -> Outgoing:
-        handoff = self._handoffs.get(spec.req_id)
-        if handoff is None:
-            handoff = Outgoing(str(spec.req_id), "", "", int(getattr(spec, "total_chunks", 0) or 0))
-            self._handoffs[handoff.req_id] = handoff
+        req_id = str(spec.req_id)
+        handoff = self._handoffs.get(req_id)
+        if handoff is None or handoff.told:
+            total = int(getattr(spec, "total_chunks", 0) or 0)
+            handoff = Outgoing(req_id, f"{next(self._serial)}/{req_id}", "", "", total)
+            self._handoffs[req_id] = self._on_wire[handoff.wire_id] = handoff
             try:
                 rank, ranks = self._options.rank, self._options.world_size
                 port = port_of(spec.receiver_init_port, rank, ranks, "disagg_spec.receiver_init_port")
@@ -208,7 +213,7 @@ class Sender:
         count = len(job.objects)
         job.release()
         complete = self._complete_with(handoff, count)
-        answer = await self._ask(peer, wire.Commit(handoff.req_id, job.number, complete))
+        answer = await self._ask(peer, wire.Commit(handoff.wire_id, job.number, complete))
         if isinstance(answer, wire.Refused):
             raise HandOffFailed(answer.reason)
         handoff.chunks += count
@@ -225,7 +230,7 @@ class Sender:
 
     async def _allocate(self, peer: kvlink.Peer, job: Job) -> tuple[wire.Granted, float]:
         handoff = job.handoff
-        message = wire.Reserve(handoff.req_id, job.number, handoff.total, chunk_table.describe(job.keys, job.objects))
+        message = wire.Reserve(handoff.wire_id, job.number, handoff.total, chunk_table.describe(job.keys, job.objects))
         deadline = time.monotonic() + self._options.alloc_timeout
         while True:
             handoff.go.clear()
@@ -254,7 +259,7 @@ class Sender:
         count = len(pages)
         complete = job.last or (handoff.total > 0 and handoff.chunks + count >= handoff.total)
         offer = wire.Offer(
-            handoff.req_id, job.number, handoff.total, complete, chunk_table.describe(job.keys, job.objects), pages
+            handoff.wire_id, job.number, handoff.total, complete, chunk_table.describe(job.keys, job.objects), pages
         )
         with self._lock:
             handoff.offered[job.number] = (job, set(pages))
@@ -293,7 +298,7 @@ class Sender:
         return wire.encode(wire.Held(self._pulled(message)))[1:]
 
     def _pulled(self, message: wire.Pulled) -> bool:
-        handoff = self._handoffs.get(message.handoff)
+        handoff = self._on_wire.get(message.handoff)
         if handoff is None:
             return False
         read = set(message.pages)
@@ -319,7 +324,7 @@ class Sender:
         if isinstance(told, wire.Pulled):
             self._pulled(told)
             return
-        handoff = self._handoffs.get(getattr(told, "handoff", ""))
+        handoff = self._on_wire.get(getattr(told, "handoff", ""))
         if handoff is not None and isinstance(told, wire.Go):
             self._loop.call(handoff.go.set)
         elif handoff is not None and isinstance(told, wire.Commit):
@@ -354,12 +359,12 @@ class Sender:
 
     def _settle(self, handoff: Outgoing) -> None:
         """Ends a hand-off of which nothing is under way any more, if it is over."""
-        if handoff.running or self._handoffs.get(handoff.req_id) is not handoff:
+        if handoff.running or handoff.wire_id not in self._on_wire:
             return
         if handoff.failure is not None:
             self._forget(handoff)
             if handoff.last_seen:
-                del self._handoffs[handoff.req_id]
+                self._end(handoff)
             return
         if not handoff.last_seen or handoff.uncommitted:
             return
@@ -372,6 +377,11 @@ class Sender:
             handoff.told = True
             self._notifier.done(handoff.req_id)
         if not handoff.offered:
+            self._end(handoff)
+
+    def _end(self, handoff: Outgoing) -> None:
+        del self._on_wire[handoff.wire_id]
+        if self._handoffs.get(handoff.req_id) is handoff:
             del self._handoffs[handoff.req_id]
 
     def _forget(self, handoff: Outgoing) -> None:
@@ -382,17 +392,17 @@ class Sender:
             job.release()
         peer = handoff.peer
         if peer is not None and peer.error is None:
-            self._loop.start(self._cancel(peer, handoff.req_id))
+            self._loop.start(self._cancel(peer, handoff.wire_id))
 
-    async def _cancel(self, peer: kvlink.Peer, req_id: str) -> None:
+    async def _cancel(self, peer: kvlink.Peer, wire_id: str) -> None:
         try:
-            await self._ask(peer, wire.Cancel(req_id))
+            await self._ask(peer, wire.Cancel(wire_id))
         except KvlinkError as error:
-            _log.debug("telling %s to forget %s: %s", peer.address, req_id, error)
+            _log.debug("telling %s to forget %s: %s", peer.address, wire_id, error)
 
     def _lost(self, peer: kvlink.Peer, error: KvlinkError) -> None:
         def give_up() -> None:
-            for handoff in [handoff for handoff in self._handoffs.values() if handoff.peer is peer]:
+            for handoff in [handoff for handoff in self._on_wire.values() if handoff.peer is peer]:
                 self._fail(handoff, HandOffFailed(f"decoder {handoff.url} went away: {error}"))
                 self._settle(handoff)
 
@@ -406,25 +416,28 @@ class Sender:
             self._loop.loop.call_later(min(max(self._options.idle_timeout / 4, 0.02), 5.0), self._sweep)
 
     def _sweep(self) -> None:
-        """Gives up hand-offs whose next batch does not come: the request ended in the engine before its prefill did."""
+        """Gives up hand-offs that do not go on: the request ended in the engine, or the decoder says nothing."""
         self._sweeping = False
         before = time.monotonic() - self._options.idle_timeout
-        for handoff in list(self._handoffs.values()):
-            if handoff.running or handoff.last_seen or handoff.touched > before:
+        for handoff in list(self._on_wire.values()):
+            if handoff.running or handoff.told or handoff.touched > before:
                 continue
+            if handoff.offered and handoff.last_seen:
+                continue  # it has its own deadline
             if handoff.failure is None:
-                idle = f"{self._options.idle_timeout:g} s"
-                self._fail(
-                    handoff, HandOffFailed(f"the prefill did not go on for {idle}: {handoff.chunks} chunks came")
+                who = (
+                    "the decoder showed nothing" if handoff.last_seen else f"{handoff.chunks} chunks came, and no more,"
                 )
+                why = f"the hand-off did not go on: {who} for {self._options.idle_timeout:g} s"
+                self._fail(handoff, HandOffFailed(why))
             handoff.last_seen = True
             self._settle(handoff)
-        if self._handoffs:
+        if self._on_wire:
             self._sweep_soon()
 
     def held(self) -> dict[str, int]:
         """Returns hand-offs and batches that are not over; of one moment."""
-        handoffs = list(self._handoffs.values())
+        handoffs = list(self._on_wire.values())
         return {
             "handoffs": len(handoffs),
             "running": sum(handoff.running for handoff in handoffs),
