@@ -124,10 +124,21 @@ uint32_t transfer_status(kvlink_hixl *hixl, void *request, uint32_t *state) {
   });
 }
 
-constexpr kvlink_hixl_shim kTable = {
-    sizeof(kvlink_hixl_shim), KVLINK_HIXL_SHIM_VERSION, create,         initialize,  finalize, destroy,
-    register_memory,          deregister_memory,        remote_create,  remote_destroy, connect,  disconnect,
-    batch,                    transfer,                 transfer_status};
+constexpr kvlink_hixl_shim kTable = {sizeof(kvlink_hixl_shim),
+                                     KVLINK_HIXL_SHIM_VERSION,
+                                     create,
+                                     initialize,
+                                     finalize,
+                                     destroy,
+                                     register_memory,
+                                     deregister_memory,
+                                     remote_create,
+                                     remote_destroy,
+                                     connect,
+                                     disconnect,
+                                     batch,
+                                     transfer,
+                                     transfer_status};
 
 }  // namespace
 

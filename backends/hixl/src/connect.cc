@@ -20,6 +20,7 @@ constexpr uint64_t kMillisecond = 1000000;
 // The vendor spends a Connect's timeout up to three times over, one phase after the other, and rounds it up to seconds.
 constexpr int kPhases = 3;
 constexpr int kShortestConnectMs = 1000;
+constexpr uint32_t kMarginMs = 250;
 constexpr int kConnectAttempts = 4;
 constexpr int kFirstPauseMs = 100;
 constexpr uint32_t kDisconnectMs = 1000;
@@ -28,7 +29,9 @@ constexpr auto kLookAgain = std::chrono::milliseconds(10);
 }  // namespace
 
 Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
-  const Deadline deadline{now_ns() + timeout_ms * kMillisecond, interrupt_.get()};
+  // A little before the core's own deadline, whose error could not say what happened here.
+  const uint32_t margin_ms = std::min(timeout_ms / 10, kMarginMs);
+  const Deadline deadline{now_ns() + (timeout_ms - margin_ms) * kMillisecond, interrupt_.get()};
   introduce();
   Failure failure = parse_link_blob(blob, length, &peer_);
   if (failure.ok()) failure = check_peers(self_, peer_, &type_);
@@ -47,7 +50,8 @@ Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
     bool again = false;
     failure = connect_once(timeout_ms, deadline, &again);
     if (failure.ok()) break;
-    // Communicator init fails for a moment when several processes of a host are in it at once.
+    // Communicator init fails for a moment when several processes of a host are in it at once; where it was the peer's
+    // half that failed, this side only sees that the peer does not come.
     if (!again || attempt == kConnectAttempts || deadline.remaining_ms() <= kShortestConnectMs) return failure;
     ++engine_.stats().connect_retries;
     const Deadline pause{now_ns() + static_cast<uint64_t>(pause_ms) * kMillisecond, -1};
@@ -72,9 +76,13 @@ Failure Link::connect_once(uint32_t timeout_ms, const Deadline &deadline, bool *
   bindings_ = engine_.memory().bind();  // what is registered now is what this connection will know
   const int32_t vendor_ms = std::max(kShortestConnectMs, deadline.remaining_ms() / kPhases);
   const std::shared_ptr<Session> session = session_;
-  // One at a time in a process. A Connect that hangs keeps the lock: everybody after it fails at their own deadline.
+  // One at a time in a process. A Connect that hangs keeps the lock: everybody after it fails by their own deadline,
+  // and before the peer does, which could only say that nobody came.
+  Deadline turn = deadline;
+  if (engine_.connector().degraded())
+    turn.at_ns = now_ns() + static_cast<uint64_t>(deadline.remaining_ms()) / 4 * kMillisecond;
   Failure failure = engine_.connector().run_exclusive(
-      "Hixl::Connect", deadline,
+      "Hixl::Connect", turn,
       [session, vendor_ms, timeout_ms] {
         uint32_t status = session->connect(vendor_ms);
         if (status == kAlreadyConnected) {  // left over from a peer that was there before under this name
@@ -89,10 +97,10 @@ Failure Link::connect_once(uint32_t timeout_ms, const Deadline &deadline, bool *
         if (result.ok()) session->disconnect(kDisconnectMs);  // too late: nobody waits for it any more
       });
   const Failure health = engine_.connector().health();
-  if (!failure.ok() && !health.ok()) failure.message += " (" + health.message + ")";
-  *again = failure.code == kFailed;
-  // A failure without the vendor's code is the runner's: the call is still inside, on a thread that undoes it if it ever
-  // returns and keeps the name until then.
+  if (!failure.ok() && !health.ok()) failure.message = health.message + "; " + failure.message;
+  *again = failure.code == kFailed || failure.code == kTimeout;
+  // A failure without the vendor's code is the runner's: the call is still inside, on a thread that undoes it if it
+  // ever returns and keeps the name until then.
   if (!failure.ok() && failure.code == 0) session_ = nullptr;
   if (!failure.ok()) bindings_.drop();
   return failure;
@@ -113,8 +121,9 @@ Failure Link::disconnect_once(const Deadline &deadline) {
   });
 }
 
-// Ends this side's connection. The vendor takes its local half down first and then tells the peer, which may be stopped:
-// when requests are still out, what counts is that the local half is gone, and the vendor then knows them no more.
+// Ends this side's connection. The vendor takes its local half down first and then tells the peer, which may be
+// stopped: when requests are still out, what counts is that the local half is gone, and the vendor then knows them no
+// more.
 void Link::disconnect(uint32_t grace_ms) {
   ++engine_.stats().disconnects;
   Deadline deadline{now_ns() + std::max(grace_ms, 1u) * kMillisecond, -1};

@@ -55,7 +55,11 @@ Failure Engine::start(const kvl_engine_params &params) {
   device_ = std::move(device);
   address_ = ascend::find_device_address(device_->physical_id(), "", kAddressToolMs);
   if (settings_.link_option() == ascend::LinkOption::kRoce && address_.ip.empty()) {
-    return ascend::missing_device_address(address_, device_->physical_id(), "engine_open");
+    return make_failure(
+        KVL_UNAVAILABLE, "engine_open",
+        "a RoCE link needs the address (device_ip) of NPU %d (physical id), which HIXL looks up itself, and "
+        "none was found; tried %s: mount /etc/hccn.conf or hccn_tool",
+        device_->physical_id(), address_.tried.c_str());
   }
   failure = loop_.open();
   if (!failure.ok()) return failure;
@@ -187,7 +191,7 @@ void Engine::free_memory(uint64_t address) {
 
 void Engine::query(kvl_attr *attr) const {
   attr->connect_mode = KVL_CONNECT_BOTH;
-  attr->max_connects = 1;  // the vendor's communicator init is one at a time in a process
+  attr->max_connects = kMostConnects;
   attr->max_links = kMostLinks;
   attr->caps = KVL_CAP_PUT | KVL_CAP_GET | KVL_CAP_ACCEPTOR_SUBMIT | KVL_CAP_ALLOCATE | KVL_CAP_COPY | KVL_CAP_CANCEL |
                KVL_CAP_INTERRUPT | KVL_CAP_STREAM | KVL_CAP_STATISTICS;

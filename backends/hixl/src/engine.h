@@ -34,6 +34,9 @@ constexpr uint32_t kBatch = 256;
 // Requests out at once: the vendor has 512 streams an engine, and every request of 8.5 holds one.
 constexpr uint32_t kRequestsPerLink = 16;
 constexpr uint32_t kRequestsPerEngine = 384;
+// They take turns inside the vendor's library; each needs the peer's daemon, never the peer's turn, so none waits in a
+// circle.
+constexpr uint32_t kMostConnects = 16;
 constexpr uint32_t kMostLinks = 256;  // the vendor allows 512 connections; a link has one each way
 
 struct Statistics {
@@ -103,7 +106,7 @@ class Engine {
   std::unique_ptr<ascend::Memory> memory_;
   std::shared_ptr<ascend::Region> anchor_;
   std::unique_ptr<ascend::StagingArea> staging_;
-  std::vector<Link *> links_;                // I/O lock
+  std::vector<Link *> links_;              // I/O lock
   std::atomic<std::thread::id> thread_{};  // the engine's: the one that waits
   std::atomic<uint32_t> requests_out_{0};
   std::atomic<bool> in_flight_{false};

@@ -92,11 +92,12 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
   }
   if (plan.host_memory && !plan.staged && type_ == ascend::LinkType::kHccs &&
       engine_.device().soc() == ascend::SocFamily::kA2) {
-    return report(make_failure(KVL_UNSUPPORTED, "submit",
-                               "HCCS on %s moves device memory only, and this transfer has host memory on this side: use "
-                               "RoCE (option link=roce with HCCL_INTRA_ROCE_ENABLE=1) or option host_staging",
-                               engine_.device().soc_name().c_str()),
-                  err);
+    return report(
+        make_failure(KVL_UNSUPPORTED, "submit",
+                     "HCCS on %s moves device memory only, and this transfer has host memory on this side: use "
+                     "RoCE (option link=roce with HCCL_INTRA_ROCE_ENABLE=1) or option host_staging",
+                     engine_.device().soc_name().c_str()),
+        err);
   }
   if (plan.staged) {
     if (stream != 0) {

@@ -21,9 +21,9 @@ struct Job {
   uint32_t operation = 0;
   ascend::RangeCursor cursor;
   uint64_t bytes = 0;
-  uint32_t outstanding = 0;             // requests with the vendor
+  uint32_t outstanding = 0;            // requests with the vendor
   ascend::aclrtEvent event = nullptr;  // on the caller's stream: the transfer begins when it is complete
-  bool stopped = false;                 // nothing more of it is started
+  bool stopped = false;                // nothing more of it is started
   Failure failure;
   std::list<Job>::iterator place;
 };
@@ -106,7 +106,7 @@ class Link final : public ascend::BatchIssuer {
   bool vendor_connected_ = false;  // Connect said so; the connecting and the closing thread's
   std::atomic<bool> connected_{false};
   std::atomic<bool> down_{false};
-  Failure down_reason_;            // I/O lock; set once, before down_
+  Failure down_reason_;                // I/O lock; set once, before down_
   std::atomic<uint64_t> accepted_{0};  // jobs not complete
 
   std::mutex inbox_mutex_;  // held for a few instructions
@@ -116,8 +116,8 @@ class Link final : public ascend::BatchIssuer {
 
   // I/O lock:
   std::list<Job> jobs_;
-  std::deque<Job *> ready_;       // to be started, in order
-  std::vector<Job *> deferred_;   // waiting for their event
+  std::deque<Job *> ready_;      // to be started, in order
+  std::vector<Job *> deferred_;  // waiting for their event
   std::vector<Request> requests_;
   bool starved_ = false;  // the vendor has no stream: ask again later
   bool closing_ = false;

@@ -30,7 +30,8 @@ Failure check_alignment(const LinkBlob &self, const LinkBlob &peer) {
   const uint64_t address = self.unaligned_device != 0 ? self.unaligned_device : peer.unaligned_device;
   if (address == 0) return {};
   return make_failure(KVL_INVALID, kSite,
-                      "device memory at 0x%" PRIx64 " %s does not start at a multiple of 2 MiB, which this HCCS link "
+                      "device memory at 0x%" PRIx64
+                      " %s does not start at a multiple of 2 MiB, which this HCCS link "
                       "needs (Hixl::Connect would answer 503900): allocate it through the channel, align it, or use "
                       "RoCE (option link=roce with HCCL_INTRA_ROCE_ENABLE=1)",
                       address, self.unaligned_device != 0 ? "of this side" : "of the peer");

@@ -22,7 +22,7 @@ struct LinkBlob {
   uint32_t intra_roce;   // what its environment asks for
   int32_t device;        // physical id; -1: unknown
   int64_t super_pod;
-  uint64_t sequence;         // of its newest region when this was made
+  uint64_t sequence;          // of its newest region when this was made
   uint64_t unaligned_device;  // address of registered device memory that an HCCS link refuses; 0: none
   uint32_t has_device_address;
   uint32_t reserved;

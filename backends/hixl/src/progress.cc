@@ -194,7 +194,8 @@ Failure Link::issue(uint32_t operation, const ascend::Descriptor *descriptors, u
   }
   kvlink_hixl_desc *batch = hixl_->shim().batch(session_->remote.get(), kBatch);
   if (batch == nullptr || count > kBatch) {
-    return make_failure(KVL_NO_RESOURCE, "batch", "no room for %llu descriptors", static_cast<unsigned long long>(count));
+    return make_failure(KVL_NO_RESOURCE, "batch", "no room for %llu descriptors",
+                        static_cast<unsigned long long>(count));
   }
   for (uint64_t i = 0; i < count; ++i) batch[i] = {descriptors[i].local, descriptors[i].remote, descriptors[i].length};
   bool out_of_streams = false;

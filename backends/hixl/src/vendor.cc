@@ -1,5 +1,6 @@
 #include "vendor.h"
 
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -72,12 +73,17 @@ Failure load_vendor(const kvlink_hixl_shim **shim) {
 
 Failure hixl_failure(const ascend::AclApi &acl, const char *call, uint32_t code, const std::string &what) {
   if (code == KVLINK_HIXL_EXCEPTION) {
-    Failure failure = make_failure(KVL_INTERNAL, call,
-                                   "%s: the vendor's code threw an exception; see its log (~/ascend/log)", what.c_str());
+    Failure failure = make_failure(
+        KVL_INTERNAL, call, "%s: the vendor's code threw an exception; see its log (~/ascend/log)", what.c_str());
     failure.code = code;
     return failure;
   }
-  return ascend::vendor_failure(&acl, ascend::Vendor::kHixl, call, code, "%s", what.c_str());
+  // The catalogue knows the methods by their bare names.
+  const char *method = std::strrchr(call, ':');
+  Failure failure = ascend::vendor_failure(&acl, ascend::Vendor::kHixl, method == nullptr ? call : method + 1, code,
+                                           "%s", what.c_str());
+  failure.site = call;
+  return failure;
 }
 
 HixlEngine::HixlEngine(const kvlink_hixl_shim *shim, std::shared_ptr<const ascend::Device> device)

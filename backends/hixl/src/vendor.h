@@ -21,6 +21,7 @@ Failure load_vendor(const kvlink_hixl_shim **shim);
 // The vendor's statuses that this provider acts on.
 constexpr uint32_t kSuccess = 0;
 constexpr uint32_t kParamInvalid = 103900;
+constexpr uint32_t kTimeout = 103901;
 constexpr uint32_t kNotConnected = 103902;
 constexpr uint32_t kAlreadyConnected = 103903;
 constexpr uint32_t kResourceExhausted = 203900;
@@ -30,7 +31,8 @@ constexpr uint32_t kFailed = 503900;
 constexpr uint32_t kWaiting = 0;
 constexpr uint32_t kCompleted = 1;
 
-// A failed call of hixl::Hixl: "<what>: <code> <NAME>, <meaning>. <fix>". Call it in the thread that made the vendor call.
+// A failed call of hixl::Hixl: "<what>: <code> <NAME>, <meaning>. <fix>". Call it in the thread that made the vendor
+// call.
 Failure hixl_failure(const ascend::AclApi &acl, const char *call, uint32_t code, const std::string &what);
 
 // One hixl::Hixl. Whoever may be inside a call of it holds a reference, so that Finalize, which the destructor calls,

@@ -96,7 +96,7 @@ def two_processes(
     with on_host(cell, folder, **environment), ExitStack() as stack:
         ends = []
         for name, own, device in (("a", a, devices[0]), ("b", b, devices[1])):
-            child = ChildProcess("kvlink.testing.agent", environ=dict(own or {}))
+            child = ChildProcess("tests.ascend.hixl.agent", environ=dict(own or {}))
             stack.callback(child.kill)
             ends.append(RemoteEndpoint(name, {"provider": "hixl", "options": {}, "device": device}, child))
         yield Ends(*ends)

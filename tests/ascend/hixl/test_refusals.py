@@ -16,9 +16,7 @@ QUICK = {("8.5.0", "A2", ("device", "allocated")), ("9.1", "A3", ("allocated", "
 @pytest.mark.parametrize(
     "cell",
     [
-        pytest.param(
-            cell, id=cell.id, marks=() if (cell.flavour, cell.soc, cell.pair) in QUICK else pytest.mark.slow
-        )
+        pytest.param(cell, id=cell.id, marks=() if (cell.flavour, cell.soc, cell.pair) in QUICK else pytest.mark.slow)
         for cell in cells()
         if not works(cell)
     ],
@@ -36,7 +34,9 @@ def test_host_memory_over_hccs(cell: Cell, tmp_path: Path) -> None:
         for end, own, own_kind, theirs, their_kind in sides:
             peer = ends.peers[own]
             if their_kind == "allocated":
-                with pytest.raises(errors.UnsupportedError, match="cannot be reached over HCCS.*HCCL_INTRA_ROCE_ENABLE"):
+                with pytest.raises(
+                    errors.UnsupportedError, match="cannot be reached over HCCS.*HCCL_INTRA_ROCE_ENABLE"
+                ):
                     end.wait_region(peer, theirs, timeout=2.0)
             elif own_kind == "allocated":
                 if cell.soc == "A2":
