@@ -196,3 +196,26 @@ def test_a_preempted_plain_request_of_a_prefiller():
     scheduler.step(request, 8, new=True)
     request.num_computed_tokens = 4  # what prefix caching found again
     assert scheduler.step(request, 17, new=False, resumed=True) == []
+
+
+@pytest.mark.parametrize(("params", "looked_up"), [(None, 8), ({}, 8), ({"kvlink.whole_prompt": True}, 9)])
+def test_a_decoder_that_makes_the_first_token_looks_the_whole_prompt_up(params, looked_up):
+    """skip_last_n_tokens leaves out the prefiller's first token; where the proxy sent none there is nothing to skip."""
+    connector = Scheduler().connector
+    seen = []
+    connector.kv_role = "kv_consumer"
+    connector.skip_last_n_tokens, connector._max_tokens_per_load = 1, 0
+    connector._manager.lookup_client = SimpleNamespace(
+        lookup_cache=lambda lookup_id: -1, lookup=lambda tokens, **_: seen.append(len(tokens)) or len(tokens)
+    )
+    request = SimpleNamespace(
+        request_id="a",
+        all_token_ids=list(range(9)),
+        num_tokens=9,
+        mm_features=[],
+        sampling_params=SimpleNamespace(extra_args=None),
+        kv_transfer_params=params,
+    )
+    # The last token is computed in any case: vLLM needs its logits.
+    assert connector.get_num_new_matched_tokens(request, 0) == 8
+    assert (seen, connector.skip_last_n_tokens) == ([looked_up], 1)
