@@ -53,7 +53,8 @@ class Device {
   // aclInit (a second one is fine), the device's reference for the life of this object, its default context, and what
   // the device says about itself. The caller's context is as before when it returns.
   static Failure open(int32_t device, std::unique_ptr<Device> *out);
-  // Gives the reference back, but for the process's first one. Never aclFinalize, never a forced reset: the process's other users go on.
+  // Gives the reference back, but for the process's first one. Never aclFinalize, never a forced reset: the process's
+  // other users go on.
   ~Device();
   Device(const Device &) = delete;
   Device &operator=(const Device &) = delete;

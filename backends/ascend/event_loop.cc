@@ -68,7 +68,7 @@ void EventLoop::wake() {
 
 void EventLoop::wait(uint32_t timeout_ms, bool in_flight) {
   uint64_t sleep_ns = uint64_t{timeout_ms} * 1000000;
-  if (in_flight) {
+  if (retry_.exchange(false, std::memory_order_relaxed) || in_flight) {
     const uint64_t pace = pace_ns_.load(std::memory_order_relaxed);
     sleep_ns = std::min(sleep_ns, pace);
     pace_ns_.store(std::min(pace * 2, kLastLookNs), std::memory_order_relaxed);

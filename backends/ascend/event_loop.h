@@ -48,6 +48,8 @@ class EventLoop {
   void wake();
   // The engine's thread. `in_flight`: look at the device again soon.
   void wait(uint32_t timeout_ms, bool in_flight);
+  // The next wait looks again soon: for a resource whose return no event announces.
+  void retry_soon() { retry_.store(true, std::memory_order_relaxed); }
   void note_progress() { pace_ns_.store(kFirstLookNs, std::memory_order_relaxed); }
 
  private:
@@ -58,6 +60,7 @@ class EventLoop {
   std::mutex mutex_;
   std::vector<std::unique_ptr<Watch>> graveyard_;
   std::atomic<uint64_t> pace_ns_{kFirstLookNs};
+  std::atomic<bool> retry_{false};
 };
 
 }  // namespace kvlink::ascend

@@ -114,6 +114,7 @@ void SideConnection::fail(const Failure &reason) {
   if (lost_) return;
   lost_ = true;
   loop_.unwatch(this);  // a broken socket reports events for ever
+  static_cast<void>(shutdown(fd.get(), SHUT_RDWR));
   handler_.on_lost(reason);
 }
 

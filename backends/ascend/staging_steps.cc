@@ -168,6 +168,7 @@ void StagingLink::Impl::issue(Step &step) {
   const Failure failure = issuer_.issue(step.job->operation, step.batch.data(), step.batch.size(), token);
   if (failure.status == KVL_AGAIN) {
     step.phase = Step::Phase::kReady;
+    area_.loop.retry_soon();
   } else if (!failure.ok()) {
     end(token, failure);
   }

@@ -1,5 +1,7 @@
 // A device and its context on the simulator: the caller's context survives every entry, references are given back,
 // vendor calls that hang are given up.
+#include "ascend/device.h"
+
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -7,9 +9,8 @@
 #include <condition_variable>
 #include <thread>
 
-#include "ascend/device.h"
-#include "ascend/runner.h"
 #include "ascend/common/sim.h"
+#include "ascend/runner.h"
 
 using namespace kvlink::ascend;
 using namespace kvlink::test;
@@ -119,7 +120,9 @@ void test_runner(const std::shared_ptr<const Device> &device) {
   VendorRunner runner(device);
   const AclApi *acl = &device->acl();
   const aclrtContext context = device->context();
-  CHECK(runner.run("good", in_ms(10000), [=] { return current(*acl) == context ? Failure{} : Failure{KVL_INTERNAL, 0, "", ""}; })
+  CHECK(runner
+            .run("good", in_ms(10000),
+                 [=] { return current(*acl) == context ? Failure{} : Failure{KVL_INTERNAL, 0, "", ""}; })
             .ok());
   const Failure bad = runner.run("bad", in_ms(10000), [] { return make_failure(KVL_BUSY, "bad", "no"); });
   CHECK(bad.status == KVL_BUSY && runner.health().ok());
@@ -150,10 +153,11 @@ void test_runner(const std::shared_ptr<const Device> &device) {
   // An interrupt ends the wait at once.
   const int interrupt = eventfd(1, EFD_CLOEXEC);
   auto second = std::make_shared<Gate>();
-  const Failure cancelled = runner.run("slow", {kvlink::host::now_ns() + uint64_t{60} * 1000000000, interrupt}, [second] {
-    second->pass();
-    return Failure{};
-  });
+  const Failure cancelled =
+      runner.run("slow", {kvlink::host::now_ns() + uint64_t{60} * 1000000000, interrupt}, [second] {
+        second->pass();
+        return Failure{};
+      });
   CHECK(cancelled.status == KVL_CANCELLED);
   close(interrupt);
   gate->release();
@@ -170,7 +174,8 @@ void test_hang_in_the_vendor(const std::shared_ptr<const Device> &device) {
   set_faults("aclrtCreateStream=hang");
   const Failure failure = runner.run("aclrtCreateStream", in_ms(200), [device] {
     aclrtStream stream = nullptr;
-    CHECK(device->acl().aclrtCreateStream(&stream) != ACL_SUCCESS || device->acl().aclrtDestroyStream(stream) == ACL_SUCCESS);
+    CHECK(device->acl().aclrtCreateStream(&stream) != ACL_SUCCESS ||
+          device->acl().aclrtDestroyStream(stream) == ACL_SUCCESS);
     return Failure{};
   });
   CHECK(failure.status == KVL_TIMEOUT);

@@ -1,13 +1,14 @@
-// What a person reads when a vendor library cannot be used. Each case runs in a process of its own: what is loaded stays.
+// What a person reads when a vendor library cannot be used. Each case runs in a process of its own: what is loaded
+// stays.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <functional>
 
+#include "ascend/common/sim.h"
 #include "ascend/device.h"
 #include "ascend/hccl.h"
 #include "ascend/runner.h"
-#include "ascend/common/sim.h"
 
 using namespace kvlink::ascend;
 using namespace kvlink::test;
@@ -114,7 +115,8 @@ int main(int count, char **arguments) {
     CHECK(Library::open("libc.so.6", Library::Scope::kLocal, &library).ok());
     CHECK(library.find("printf") != nullptr && library.find("HcclBatchPut") == nullptr);
     expect(missing_symbols(library, {"HcclBatchPut", "HcclBatchGet", "HcclCommPrepare", "HcclCommBindMem"}, "8.5"),
-           KVL_UNAVAILABLE, {"libc.so.6", "HcclBatchPut, HcclBatchGet, HcclCommPrepare and 1 more", "CANN 8.5", "upgrade"});
+           KVL_UNAVAILABLE,
+           {"libc.so.6", "HcclBatchPut, HcclBatchGet, HcclCommPrepare and 1 more", "CANN 8.5", "upgrade"});
     CHECK(!own_directory().empty());
   });
   for (const char *flavour : {"8.3", "8.5.0", "9.0", "9.1"}) {

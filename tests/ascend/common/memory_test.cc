@@ -1,7 +1,8 @@
 // Registering memory: the right kind, aligned, once, counted, bound, quarantined, given back.
+#include "ascend/memory.h"
+
 #include <cstring>
 
-#include "ascend/memory.h"
 #include "ascend/common/sim.h"
 
 using namespace kvlink::ascend;

@@ -1,8 +1,9 @@
 // Ranges to descriptors: bounds and access in one pass, coalescing, batches, and the blobs that peers send.
+#include "ascend/regions.h"
+
 #include <cstring>
 #include <random>
 
-#include "ascend/regions.h"
 #include "native/host/harness.h"
 
 using namespace kvlink::ascend;
@@ -64,9 +65,15 @@ void test_plan() {
   CHECK(got.staged && got.staged_local && !got.staged_remote);
   CHECK(plan(KVL_GET, {1, 1, 100, 100, 0}, &got).ok() && got.pieces == 0);
   CHECK(plan(KVL_PUT, {1, 1, 0, 0, 1}, &got).status == KVL_DENIED);
-  const kvl_range bad[] = {{1, 1, 0, 0, 101}, {1, 1, 1, 0, 100},           {1, 1, 0, 1, 100}, {1, 1, 101, 0, 0},
-                           {3, 1, 0, 0, 1},   {1, 9, 0, 0, 1},             {1, 1, 50, 0, UINT64_MAX},
-                           {1, 1, 0, 50, UINT64_MAX - 49}, {1 + (1u << KVL_HANDLE_INDEX_BITS), 1, 0, 0, 1}};
+  const kvl_range bad[] = {{1, 1, 0, 0, 101},
+                           {1, 1, 1, 0, 100},
+                           {1, 1, 0, 1, 100},
+                           {1, 1, 101, 0, 0},
+                           {3, 1, 0, 0, 1},
+                           {1, 9, 0, 0, 1},
+                           {1, 1, 50, 0, UINT64_MAX},
+                           {1, 1, 0, 50, UINT64_MAX - 49},
+                           {1 + (1u << KVL_HANDLE_INDEX_BITS), 1, 0, 0, 1}};
   for (const kvl_range &range : bad) CHECK(plan(KVL_GET, range, &got).status == KVL_INVALID);
 }
 
@@ -83,7 +90,8 @@ void test_cursor() {
   for (int round = 0; round < 300; ++round) {
     std::vector<kvl_range> ranges;
     for (size_t n = random() % 40; n > 0; --n) {
-      kvl_range range{static_cast<uint32_t>(random() % 4), static_cast<uint32_t>(random() % 4), random() % 2000, random() % 2000, random() % 3 == 0 ? 0 : random() % 64};
+      kvl_range range{static_cast<uint32_t>(random() % 4), static_cast<uint32_t>(random() % 4), random() % 2000,
+                      random() % 2000, random() % 3 == 0 ? 0 : random() % 64};
       if (!ranges.empty() && random() % 2 == 0) {
         const kvl_range &last = ranges.back();
         range = {last.mem, last.rmem, last.local_offset + last.length, last.remote_offset + last.length, range.length};
@@ -98,7 +106,8 @@ void test_cursor() {
     uint64_t gone = 0;
     for (;;) {
       const uint64_t before = all.size();
-      const uint64_t count = cursor.next(local_reader, remote_reader, most, [&](const Descriptor &d) { all.push_back(d); }, &gone);
+      const uint64_t count =
+          cursor.next(local_reader, remote_reader, most, [&](const Descriptor &d) { all.push_back(d); }, &gone);
       CHECK_EQ(gone, UINT64_MAX);
       CHECK_EQ(all.size() - before, count);
       CHECK(count <= most);
@@ -137,7 +146,8 @@ void test_cursor_stays_inside_regions() {
   RangeCursor cursor(ranges, 3);
   std::vector<Descriptor> all;
   uint64_t gone;
-  CHECK_EQ(cursor.next(local_reader, remote_reader, 8, [&](const Descriptor &d) { all.push_back(d); }, &gone), uint64_t{2});
+  CHECK_EQ(
+      cursor.next(local_reader, remote_reader, 8, [&](const Descriptor &d) { all.push_back(d); }, &gone), uint64_t{2});
   CHECK_EQ(gone, uint64_t{2});  // the third names a region that is not open
 }
 

@@ -1,5 +1,7 @@
 // The staging area between two engines over a real side connection: every memory pair, bytes compared, hostile peers,
 // bounded resources, cancel, loss, and nothing left behind.
+#include "ascend/staging.h"
+
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -10,7 +12,6 @@
 
 #include "ascend/common/sim.h"
 #include "ascend/side_accept.h"
-#include "ascend/staging.h"
 #include "ascend/staging_wire.h"
 
 using namespace kvlink::ascend;
@@ -86,7 +87,8 @@ class Side : public BatchIssuer {
     {
       const auto lock = loop.lock();
       link->stop(make_failure(KVL_CANCELLED, "link_close", "closed"));
-      for (const Batch &batch : batches_) link->batch_done(batch.token, make_failure(KVL_CANCELLED, "link_close", "closed"));
+      for (const Batch &batch : batches_)
+        link->batch_done(batch.token, make_failure(KVL_CANCELLED, "link_close", "closed"));
       batches_.clear();
       link->release();
       gone = std::move(link);
@@ -262,7 +264,8 @@ void test_pairs(const std::shared_ptr<const Device> &device, bool staged_a, bool
   join(a, b);
   // Unaligned where it is staged; a vendor that registers host memory wants whole pages.
   std::vector<uint8_t> room_a(kLarge + 8192), room_b(kLarge + 8192);
-  uint8_t *const memory_a = page_of(room_a) + (staged_a ? 1 : 0), *const memory_b = page_of(room_b) + (staged_b ? 1 : 0);
+  uint8_t *const memory_a = page_of(room_a) + (staged_a ? 1 : 0), *const memory_b =
+                                                                      page_of(room_b) + (staged_b ? 1 : 0);
   a.open_region(1, memory_a, kLarge);
   b.open_region(5, memory_b, kLarge);
   a.import(2, b, 5);
@@ -281,7 +284,8 @@ void test_pairs(const std::shared_ptr<const Device> &device, bool staged_a, bool
       // Disjoint on both sides, so that order does not matter.
       const uint64_t slot = kLarge / count, most = slot - (slot > 100 ? 100 : 0);
       const uint64_t length = random() % 5 == 0 ? 0 : 1 + random() % most;
-      const uint64_t at = i * slot + random() % (slot - length), to = (count - 1 - i) * slot + random() % (slot - length);
+      const uint64_t at = i * slot + random() % (slot - length),
+                     to = (count - 1 - i) * slot + random() % (slot - length);
       ranges.push_back({1, 2, at, to, length});
       if (operation == KVL_PUT) std::memcpy(want_b + to, want_a + at, length);
       if (operation == KVL_GET) std::memcpy(want_a + at, want_b + to, length);
@@ -576,7 +580,9 @@ void test_unreleased(const std::shared_ptr<const Device> &device) {
   area.reset();
   CHECK_EQ(vendor.ranges.size(), size_t{1});
   CHECK_EQ(live("host_memory"), before + 1);
-  CHECK(Registry::process().release({0, vendor.ranges.begin()->first, kArea, false}, [](void *) { return Failure{}; }).ok());
+  CHECK(Registry::process()
+            .release({0, vendor.ranges.begin()->first, kArea, false}, [](void *) { return Failure{}; })
+            .ok());
 }
 
 // The options are refused before anything is allocated.

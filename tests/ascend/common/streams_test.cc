@@ -1,10 +1,11 @@
 // Lanes on the simulator: complete is not success, a failed lane is destroyed, the pool is bounded.
+#include "ascend/streams.h"
+
 #include <cstring>
 #include <thread>
 
-#include "ascend/device.h"
 #include "ascend/common/sim.h"
-#include "ascend/streams.h"
+#include "ascend/device.h"
 #include "host/socket.h"
 
 using namespace kvlink::ascend;

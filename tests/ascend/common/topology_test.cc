@@ -20,7 +20,8 @@ bool says(const Failure &failure, const char *text) { return failure.message.fin
 
 void test_address_parsing() {
   const std::string conf =
-      "address_0=192.168.1.10\nnetmask_0=255.255.255.0\n address_10=192.168.1.99 \nIPv6address_2=fd00::2\naddress_3=bad\n";
+      "address_0=192.168.1.10\nnetmask_0=255.255.255.0\n address_10=192.168.1.99 "
+      "\nIPv6address_2=fd00::2\naddress_3=bad\n";
   CHECK(address_in_hccn_conf(conf, 0) == "192.168.1.10");
   CHECK(address_in_hccn_conf(conf, 1).empty());
   CHECK(address_in_hccn_conf(conf, 10) == "192.168.1.99");
@@ -64,11 +65,10 @@ void test_rank_table_v1() {
                          {"10.0.0.2", "", 3, "192.168.1.23", 0, -1, -1}};
   std::string json;
   CHECK(make_rank_table(RankTableVersion::k1_0, ranks, &json).ok());
-  CHECK(json ==
-        R"({"status":"completed","version":"1.0","server_count":"2","server_list":[)"
-        R"({"server_id":"10.0.0.1","host_ip":"10.0.0.1","device":[)"
-        R"({"device_id":"0","device_ip":"192.168.1.10","device_port":"16666","rank_id":"0"}]},)"
-        R"({"server_id":"10.0.0.2","device":[{"device_id":"3","device_ip":"192.168.1.23","rank_id":"1"}]}]})");
+  CHECK(json == R"({"status":"completed","version":"1.0","server_count":"2","server_list":[)"
+                R"({"server_id":"10.0.0.1","host_ip":"10.0.0.1","device":[)"
+                R"({"device_id":"0","device_ip":"192.168.1.10","device_port":"16666","rank_id":"0"}]},)"
+                R"({"server_id":"10.0.0.2","device":[{"device_id":"3","device_ip":"192.168.1.23","rank_id":"1"}]}]})");
   const Rank same[2] = {{"node", "", 1, "", 0, -1, -1}, {"node", "", 2, "", 0, -1, -1}};
   CHECK(make_rank_table(RankTableVersion::k1_0, same, &json).ok());
   CHECK(json ==
@@ -81,8 +81,10 @@ void test_rank_table_v12() {
   std::string json;
   CHECK(make_rank_table(RankTableVersion::k1_2, ranks, &json).ok());
   CHECK(json.find(R"("super_device_id":"12")") != std::string::npos);
-  CHECK(json.find(R"("super_pod_list":[{"super_pod_id":"0","server_list":[{"server_id":"a"},{"server_id":"b\"\\\u000a"}]}])") !=
-        std::string::npos);
+  CHECK(
+      json.find(
+          R"("super_pod_list":[{"super_pod_id":"0","server_list":[{"server_id":"a"},{"server_id":"b\"\\\u000a"}]}])") !=
+      std::string::npos);
   ranks[1].super_pod_id = 7;
   CHECK(make_rank_table(RankTableVersion::k1_2, ranks, &json).ok());
   CHECK(json.find(R"({"super_pod_id":"7","server_list":[{"server_id":"b\"\\\u000a"}]})") != std::string::npos);
@@ -118,8 +120,8 @@ void test_link_environment() {
   const struct {
     const char *roce, *pcie;
     bool ok, intra_roce;
-  } cases[] = {{nullptr, nullptr, true, false}, {"1", nullptr, true, true}, {nullptr, "1", true, false},
-               {"0", "1", true, false},         {"1", "0", true, true},     {"0", "0", true, false},
+  } cases[] = {{nullptr, nullptr, true, false}, {"1", nullptr, true, true},   {nullptr, "1", true, false},
+               {"0", "1", true, false},         {"1", "0", true, true},       {"0", "0", true, false},
                {"0", nullptr, false, false},    {nullptr, "0", false, false}, {"1", "1", false, false},
                {"yes", nullptr, false, false}};
   for (const auto &item : cases) {
