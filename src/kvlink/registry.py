@@ -247,6 +247,27 @@ def device_kind(device: str) -> str:
     return device.partition(":")[0]
 
 
+def device_for(name: str, memory: str, index: int) -> str:
+    """Says which device a channel opens on to move memory: a provider of NPUs also moves the host memory of its host.
+
+    Args:
+        name: ``transfer_channel``; "auto" picks a provider for the memory itself.
+        memory: Where the memory is: "cpu", "npu:0".
+        index: This process's device among those that it sees.
+
+    Returns:
+        ``memory`` where the provider serves it, else the provider's first kind of device with the index.
+
+    Raises:
+        ChannelNotFoundError: No such provider is installed.
+        DuplicateChannelError: More than one is.
+    """
+    if name == "auto":
+        return memory
+    served = find(name).devices
+    return memory if memory.partition(":")[0] in served else f"{served[0]}:{index}"
+
+
 def select(name: str, device: str = "cpu") -> ProviderSpec:
     """Finds the provider to open.
 

@@ -102,6 +102,7 @@ class LMCacheSetup:
         options: ``extra_config`` of both sides: ``kvlink.*``.
         keys: More keys of both configurations.
         env: More environment variables of the engines.
+        own_env: More of the prefiller alone, and of the decoder.
         proxy_args: More arguments of the proxy.
         verbose: Log every transfer.
     """
@@ -114,6 +115,7 @@ class LMCacheSetup:
     options: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    own_env: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
     proxy_args: Sequence[str] = ()
     verbose: bool = True
 
@@ -171,13 +173,13 @@ def start_lmcache(cluster: Cluster, setup: LMCacheSetup) -> LMCacheFlow:
         configs[role].write_text(yaml.safe_dump(values))
     env = {"VLLM_LOGGING_LEVEL": "DEBUG", **setup.env} if setup.verbose else dict(setup.env)
 
-    def engine(name: str, role: str, cores: str) -> Engine:
+    def engine(name: str, role: str, number: int) -> Engine:
         script = EXAMPLE / "cpu" / f"{name}.sh"
-        common = {"cores": cores, "tensor_parallel": ranks, "env": env}
+        common = {"cores": setup.cores[number], "tensor_parallel": ranks, "env": {**env, **setup.own_env[number]}}
         return cluster.engine(ScriptSpec(name, setup.model, script=script, config=configs[role], **common))
 
-    prefill = engine("prefill", "prefiller", setup.cores[0])
-    decode = engine("decode", "decoder", setup.cores[1])
+    prefill = engine("prefill", "prefiller", 0)
+    decode = engine("decode", "decoder", 1)
     environment = {
         "PREFILL_PORT": str(prefill.port),
         "DECODE_PORT": str(decode.port),

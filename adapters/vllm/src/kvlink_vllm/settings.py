@@ -21,6 +21,8 @@ class Settings:
 
     Attributes:
         transfer_channel: The provider (key ``transfer_channel``).
+        device: Device that the channel opens on, such as "npu:0"; None takes the cache's, or this rank's device of the
+            provider where it does not serve the cache's.
         listen: Where each worker listens; with a fixed port, rank r takes port + r.
         advertise: Address that peers use instead, if it differs from ``listen``.
         secret: The shared secret.
@@ -45,6 +47,7 @@ class Settings:
     """
 
     transfer_channel: str = "auto"
+    device: str | None = None
     listen: str = "tcp://127.0.0.1:0"
     advertise: str | None = None
     secret: str | None = field(default=None, repr=False)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import kvlink
+from kvlink.registry import device_for
 from kvlink_vllm import wire
 from kvlink_vllm.device_stream import current_stream
 from kvlink_vllm.identity import build_identity
@@ -82,13 +83,14 @@ class KVLinkWorker:
         identity = build_identity(self._vllm_config, settings, layout, rank=self._rank, block_size=self._block_size)
         self._device = layout.storages[0].device
         self._host = self._device.startswith("cpu")
-        channel = self._channel = _on_own_thread(lambda: self._open(identity, layout.storages[0].device), settings)
+        device = settings.device or device_for(settings.transfer_channel, self._device, self._rank)
+        channel = self._channel = _on_own_thread(lambda: self._open(identity, device), settings)
         regions = [
             channel.register((storage.pointer, storage.nbytes, storage.device), name=storage.name, access="r")
             for storage in layout.storages
         ]
         slots = min(self._blocks, _MAX_LEASES)
-        leases = channel.allocate(8 * slots, name=_LEASES, access="r")
+        leases = channel.allocate(8 * slots, name=_LEASES, access="r", device="cpu")
         self._table = LeaseTable(
             np.frombuffer(leases.buffer(), dtype=np.uint64)[:slots],
             lease=settings.lease,
@@ -96,7 +98,7 @@ class KVLinkWorker:
             on_end=self._news.set,
         )
         # One word a pull; "r" is the least that a region can grant, and the words are no secret.
-        scratch = channel.allocate(8 * 64, name=_SCRATCH, access="r")
+        scratch = channel.allocate(8 * 64, name=_SCRATCH, access="r", device="cpu")
         notices = self._executor("kvlink-notice", 1)
         self._server = Server(
             self._table,
