@@ -9,15 +9,13 @@
 namespace kvlink::ascend {
 namespace {
 
-constexpr size_t kLargestFrame = sizeof(SideHeader) + kMaxSideEntries * sizeof(SideEntry);
-constexpr size_t kInBytes = 8 * kLargestFrame;
 constexpr size_t kMostOut = 1u << 20;  // answers and requests that the peer does not take: it is broken or hostile
 constexpr uint64_t kBudgetNs = 200 * 1000;
 
 }  // namespace
 
 SideConnection::SideConnection(EventLoop &loop, SideHandler &handler, UniqueFd socket)
-    : loop_(loop), handler_(handler), in_(kInBytes) {
+    : loop_(loop), handler_(handler) {
   fd = std::move(socket);
 }
 
@@ -26,54 +24,43 @@ Failure SideConnection::start() { return loop_.watch(this, EPOLLIN); }
 void SideConnection::on_events(uint32_t events) {
   if (lost_) return;  // reported in the batch in which it broke
   if ((events & EPOLLOUT) != 0) flush();
-  if (!lost_ && (events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) receive();
-  if (!lost_) static_cast<void>(pump(now_ns() + kBudgetNs));
-}
-
-void SideConnection::receive() {
-  if (in_begin_ > 0) {
-    std::memmove(in_.data(), in_.data() + in_begin_, in_end_ - in_begin_);
-    in_end_ -= in_begin_;
-    in_begin_ = 0;
-  }
-  if (in_end_ == in_.size()) return;  // the peer's own fault while its earlier frames wait to be handled
-  const ssize_t got = recv(fd.get(), in_.data() + in_end_, in_.size() - in_end_, MSG_DONTWAIT);
-  if (got > 0) {
-    in_end_ += static_cast<size_t>(got);
-  } else if (got == 0) {
-    fail(make_failure(KVL_LINK_DOWN, "recv", "the peer closed the staging connection"));
-  } else if (errno != EAGAIN && errno != EINTR) {
-    fail(errno_failure(KVL_LINK_DOWN, errno, "recv", "the staging connection broke"));
+  const uint64_t until_ns = now_ns() + kBudgetNs;
+  while (!lost_ && receive_one() && now_ns() < until_ns) {
   }
 }
 
-bool SideConnection::pump(uint64_t until_ns) {
-  while (!lost_ && handle_one()) {
-    if (now_ns() >= until_ns) return in_end_ - in_begin_ >= sizeof(SideHeader);
+bool SideConnection::receive_one() {
+  for (;;) {
+    const bool in_table = received_ >= sizeof header_;
+    const size_t size = sizeof header_ + (in_table ? header_.count * sizeof(SideEntry) : 0);
+    if (in_table && received_ == size) break;
+    char *place = in_table ? reinterpret_cast<char *>(table_) + (received_ - sizeof header_)
+                           : reinterpret_cast<char *>(&header_) + received_;
+    const ssize_t got = recv(fd.get(), place, size - received_, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) return false;
+    if (got < 0) {
+      fail(errno_failure(KVL_LINK_DOWN, errno, "recv", "the staging connection broke"));
+      return false;
+    }
+    if (got == 0) {
+      fail(make_failure(KVL_LINK_DOWN, "recv", "the peer closed the staging connection"));
+      return false;
+    }
+    received_ += static_cast<size_t>(got);
+    if (received_ != sizeof header_) continue;
+    const bool request = header_.type == static_cast<uint16_t>(SideType::kCommit) ||
+                         header_.type == static_cast<uint16_t>(SideType::kFetch);
+    const bool answer = header_.type == static_cast<uint16_t>(SideType::kAnswer);
+    if (header_.magic != SideHeader::kMagic || header_.count > kMaxSideEntries ||
+        !(request ? header_.count > 0 : answer && header_.count == 0)) {
+      fail(make_failure(KVL_REMOTE, "staging", "the peer sent a frame of type %u with %u entries", header_.type,
+                        header_.count));
+      return false;
+    }
   }
-  return false;
-}
-
-bool SideConnection::handle_one() {
-  const size_t ready = in_end_ - in_begin_;
-  if (ready < sizeof(SideHeader)) return false;
-  SideHeader header;
-  std::memcpy(&header, in_.data() + in_begin_, sizeof header);
-  const bool request =
-      header.type == static_cast<uint16_t>(SideType::kCommit) || header.type == static_cast<uint16_t>(SideType::kFetch);
-  const bool answer = header.type == static_cast<uint16_t>(SideType::kAnswer);
-  if (header.magic != SideHeader::kMagic || !(request ? header.count > 0 : answer && header.count == 0) ||
-      header.count > kMaxSideEntries) {
-    fail(make_failure(KVL_REMOTE, "staging", "the peer sent a frame of type %u with %u entries", header.type,
-                      header.count));
-    return false;
-  }
-  const size_t size = sizeof header + header.count * sizeof(SideEntry);
-  if (ready < size) return false;
-  SideEntry table[kMaxSideEntries];
-  std::memcpy(table, in_.data() + in_begin_ + sizeof header, header.count * sizeof(SideEntry));
-  in_begin_ += size;
-  handler_.on_frame(header, table);
+  received_ = 0;
+  handler_.on_frame(header_, table_);
   return true;
 }
 
@@ -114,8 +101,8 @@ void SideConnection::fail(const Failure &reason) {
   if (lost_) return;
   lost_ = true;
   loop_.unwatch(this);  // a broken socket reports events for ever
-  static_cast<void>(shutdown(fd.get(), SHUT_RDWR));
   handler_.on_lost(reason);
+  static_cast<void>(shutdown(fd.get(), SHUT_RDWR));  // the peer learns of it now, not when this link is closed
 }
 
 }  // namespace kvlink::ascend

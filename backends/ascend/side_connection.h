@@ -25,23 +25,23 @@ class SideConnection final : public Watch {
   SideConnection(EventLoop &loop, SideHandler &handler, UniqueFd socket);
   Failure start();  // into the loop
   void on_events(uint32_t events) override;
-  // Handles frames that were received but not handled within an earlier budget. True when more are left.
-  bool pump(uint64_t until_ns);
   void send(const SideHeader &header, const SideEntry *table);
   bool lost() const { return lost_; }
 
  private:
-  void receive();
+  // Takes one frame from the socket and handles it; false when it is not all there. What is left stays in the socket,
+  // which then stays ready: no frame waits for anything but the loop.
+  bool receive_one();
   void flush();
   void fail(const Failure &reason);
-  // Handles the first whole frame of the buffer; false when there is none.
-  bool handle_one();
 
   EventLoop &loop_;
   SideHandler &handler_;
   bool lost_ = false, watching_out_ = false;
-  std::vector<char> in_, out_;
-  size_t in_begin_ = 0, in_end_ = 0;  // the unhandled part of in_
+  SideHeader header_{};
+  SideEntry table_[kMaxSideEntries];
+  size_t received_ = 0;  // of the frame: header, then table
+  std::vector<char> out_;
   size_t out_begin_ = 0;
 };
 

@@ -73,7 +73,8 @@ class StagingLink {
   Failure check() const;
 
   // ---- with the I/O lock held
-  // Moves on with bounded work until `until_ns`; true when work is left that needs no event.
+  // Moves on with bounded work until `until_ns`; true when work is left that needs no event. Called in every poll,
+  // after EventLoop::dispatch, while transfers() is not 0. (Peers are served in dispatch.)
   bool progress(uint64_t until_ns);
   // A batch that was issued ended.
   void batch_done(uint64_t token, const Failure &failure);

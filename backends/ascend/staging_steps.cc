@@ -10,7 +10,6 @@ namespace kvlink::ascend {
 bool StagingLink::Impl::progress(uint64_t until_ns) {
   ++busy_;
   take_inbox();
-  bool more = connection_ != nullptr && !connection_->lost() && connection_->pump(until_ns);
   std::vector<uint64_t> ready;
   for (const auto &item : steps_) {
     if (item.second.phase == Step::Phase::kReady) ready.push_back(item.first);
@@ -19,7 +18,7 @@ bool StagingLink::Impl::progress(uint64_t until_ns) {
     const auto found = steps_.find(token);
     if (found != steps_.end()) issue(found->second);
   }
-  more |= begin_steps(until_ns);
+  const bool more = begin_steps(until_ns);
   --busy_;
   settle();
   return more;
@@ -239,10 +238,10 @@ void StagingLink::Impl::on_frame(const SideHeader &header, const SideEntry *tabl
   } else if (step.job->operation == KVL_PUT) {
     end(header.id, {});
   } else {
-    issue(step);
+    step.phase = Step::Phase::kReady;  // issued by progress: here no vendor call may be made
   }
   settle();
-  area_.loop.wake();  // a slot is free, or a batch is out
+  area_.loop.wake();  // a slot is free, or a step is ready
 }
 
 void StagingLink::Impl::drop_parts(Step &step) {
