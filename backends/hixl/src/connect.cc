@@ -41,8 +41,8 @@ Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
   session->name = peer_.engine;
   session->remote = RemoteEngine(hixl_->shim().remote_create(peer_.engine), RemoteDeleter{&hixl_->shim()});
   if (session->remote == nullptr) return make_failure(KVL_NO_RESOURCE, "Hixl::Connect", "out of memory");
-  failure = engine_.names().take(session->name, deadline.at_ns, &session->hold);
-  if (!failure.ok()) return failure;
+  failure = engine_.names().take(session->name, turn(deadline).at_ns, &session->hold);
+  if (!failure.ok()) return with_health(std::move(failure));
   session_ = std::move(session);
 
   int pause_ms = kFirstPauseMs;
@@ -76,13 +76,9 @@ Failure Link::connect_once(uint32_t timeout_ms, const Deadline &deadline, bool *
   bindings_ = engine_.memory().bind();  // what is registered now is what this connection will know
   const int32_t vendor_ms = std::max(kShortestConnectMs, deadline.remaining_ms() / kPhases);
   const std::shared_ptr<Session> session = session_;
-  // One at a time in a process. A Connect that hangs keeps the lock: everybody after it fails by their own deadline,
-  // and before the peer does, which could only say that nobody came.
-  Deadline turn = deadline;
-  if (engine_.connector().degraded())
-    turn.at_ns = now_ns() + static_cast<uint64_t>(deadline.remaining_ms()) / 4 * kMillisecond;
+  // One at a time in a process. A Connect that hangs keeps the lock: everybody after it fails by their own deadline.
   Failure failure = engine_.connector().run_exclusive(
-      "Hixl::Connect", turn,
+      "Hixl::Connect", turn(deadline),
       [session, vendor_ms, timeout_ms] {
         uint32_t status = session->connect(vendor_ms);
         if (status == kAlreadyConnected) {  // left over from a peer that was there before under this name
@@ -96,13 +92,27 @@ Failure Link::connect_once(uint32_t timeout_ms, const Deadline &deadline, bool *
       [session](const Failure &result) {
         if (result.ok()) session->disconnect(kDisconnectMs);  // too late: nobody waits for it any more
       });
-  const Failure health = engine_.connector().health();
-  if (!failure.ok() && !health.ok()) failure.message = health.message + "; " + failure.message;
   *again = failure.code == kFailed || failure.code == kTimeout;
   // A failure without the vendor's code is the runner's: the call is still inside, on a thread that undoes it if it
   // ever returns and keeps the name until then.
   if (!failure.ok() && failure.code == 0) session_ = nullptr;
   if (!failure.ok()) bindings_.drop();
+  return failure.ok() ? failure : with_health(std::move(failure));
+}
+
+// Until when to wait for what a hanging Connect keeps: not as long as the peer waits, which could only say that nobody
+// came.
+Deadline Link::turn(const Deadline &deadline) const {
+  Deadline until = deadline;
+  if (engine_.connector().degraded()) {
+    until.at_ns = now_ns() + static_cast<uint64_t>(deadline.remaining_ms()) / 4 * kMillisecond;
+  }
+  return until;
+}
+
+Failure Link::with_health(Failure failure) const {
+  const Failure health = engine_.connector().health();
+  if (!health.ok()) failure.message = health.message + "; " + failure.message;
   return failure;
 }
 

@@ -70,6 +70,8 @@ class Link final : public ascend::BatchIssuer {
 
   // connect.cc
   Failure connect_once(uint32_t timeout_ms, const host::Deadline &deadline, bool *again);
+  host::Deadline turn(const host::Deadline &deadline) const;
+  Failure with_health(Failure failure) const;
   void disconnect(uint32_t grace_ms);
   Failure disconnect_once(const host::Deadline &deadline);
 

@@ -7,6 +7,7 @@ import gc
 import json
 from typing import Any
 
+import kvlink
 from kvlink import Channel, Region
 from kvlink.testing import resources
 from kvlink.testing.agent import MAIN, Agent
@@ -66,15 +67,13 @@ class HixlAgent(Agent):
         Returns:
             What this process holds afterwards.
         """
-        channel = self._channels[MAIN]
+        channel, region = self._channels[MAIN], self._storage["a"].region
         for _ in range(count):
-            answer = self.do_connect(address=address)
-            self.do_wait_region(peer=answer["peer"], name="b", timeout=5.0)
-            for operation in ("put", "get"):
-                work = {"operation": operation, "peer": answer["peer"], "local": "a", "remote": "b"}
-                self.do_transfer(**work, blocks=[[0, 0, 4096]])
-            channel.peers()[answer["peer"]].close()
-            self._known.clear()
+            peer = channel.connect(address, timeout=10.0)
+            ranges = kvlink.ranges(region, peer.regions["b"], [[0, 0, 4096]])
+            peer.put(ranges).wait(timeout=10.0)
+            peer.get(ranges).wait(timeout=10.0)
+            peer.close()
         gc.collect()
         return resources.usage()
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.ascend.hccl.simulated import DEVICES, LINKS, PAIRS, SOCS, Cell, native, on_host
+
 from kvlink.testing.endpoint import RemoteEndpoint
 from kvlink.testing.wire import ChildProcess
-from tests.ascend.hccl.simulated import DEVICES, LINKS, PAIRS, SOCS, Cell, native, on_host
 
 FLAVOURS = ("8.5.0", "9.0", "9.1")
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""What a user gets wrong, or a machine lacks: a clear error at the earliest moment, with the call, the code and a fix."""
+"""What a user gets wrong, or a machine lacks: a clear error at the earliest moment, with call, code and a fix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.ascend.hccl.simulated import host_environment, provider_paths
 
 from kvlink import errors, registry
-from tests.ascend.hccl.simulated import host_environment, provider_paths
 
 from .simulated import MIB, Cell, Ends, on_host, two_processes
 
@@ -63,7 +63,7 @@ def test_no_device(tmp_path: Path) -> None:
 
 def test_wrong_device(tmp_path: Path) -> None:
     with two_processes(CELL, tmp_path, devices=("npu:17", "gpu:0")) as ends:
-        with pytest.raises(errors.KvlinkError, match="npu:17 does not exist.*ASCEND_RT_VISIBLE_DEVICES"):
+        with pytest.raises(errors.KvlinkError, match=r"npu:17 does not exist.*ASCEND_RT_VISIBLE_DEVICES"):
             ends.a.open()
         with pytest.raises(errors.KvlinkError, match="npu"):
             ends.b.open()
@@ -77,12 +77,12 @@ def test_device_address_missing(tmp_path: Path) -> None:
     """At open where the user asked for RoCE, else when the peers meet and their link turns out to be RoCE."""
     with two_processes(CELL, tmp_path) as ends:
         _forget_addresses(tmp_path)
-        with pytest.raises(errors.KvlinkError, match="device_ip.*hccn"):
+        with pytest.raises(errors.KvlinkError, match=r"device_ip.*hccn"):
             ends.a.open(options={"link": "roce"})
         ends.open()
         ends.memory()
         start = time.monotonic()
-        with pytest.raises(errors.KvlinkError, match="device_ip.*hccn.conf"):
+        with pytest.raises(errors.KvlinkError, match=r"device_ip.*hccn.conf"):
             ends.connect()
         assert time.monotonic() - start < 5.0
 
@@ -95,7 +95,7 @@ def test_unaligned_memory_with_link_hccs(tmp_path: Path) -> None:
     """Refused at registration, and aligned memory beside it is taken."""
     with two_processes(HCCS, tmp_path) as ends:
         ends.open(*({"options": {"link": "hccs"}},) * 2)
-        with pytest.raises(errors.KvlinkError, match="multiple of 2 MiB.*link: roce"):
+        with pytest.raises(errors.KvlinkError, match=r"multiple of 2 MiB.*link: roce"):
             _unaligned(ends)
         ends.memory()
         ends.connect()
@@ -110,7 +110,7 @@ def test_unaligned_memory_with_link_auto(side: str, tmp_path: Path) -> None:
         ends.open()
         end = ends.a if side == "a" else ends.b
         end.call("register_device", name=side, nbytes=MIB, offset=4096, device=f"npu:{'ab'.index(side)}")
-        with pytest.raises(errors.KvlinkError, match="2 MiB.*HCCS.*503900.*RoCE") as caught:
+        with pytest.raises(errors.KvlinkError, match=r"2 MiB.*HCCS.*503900.*RoCE") as caught:
             ends.connect()
         assert caught.value.operation == "connect"
         assert "Hixl::Initialize" in log.read_text()
@@ -130,7 +130,7 @@ def test_host_memory_above_the_limit_at_registration(tmp_path: Path) -> None:
     with two_processes(CELL, tmp_path) as ends:
         ends.open({"options": {"host_limit": "1MiB"}})
         ends.a.memory("fits", MIB, 1, kind="allocated")
-        with pytest.raises(errors.KvlinkError, match="limit of 1048576.*host_staging"):
+        with pytest.raises(errors.KvlinkError, match=r"limit of 1048576.*host_staging"):
             ends.a.memory("too much", 4096, 1, kind="allocated")
 
 

@@ -60,7 +60,7 @@ def test_registration_fails(tmp_path: Path) -> None:
     # The first registration is the engine's own.
     with two_processes(CELL, tmp_path, a={"CANN_SIM_FAULTS": "Hixl::RegisterMem@2=fail:503900"}) as ends:
         ends.open()
-        with pytest.raises(errors.KvlinkError, match="503900.*Hixl::RegisterMem"):
+        with pytest.raises(errors.KvlinkError, match=r"503900.*Hixl::RegisterMem"):
             ends.memory()
         ends.memory()
         ends.connect()
@@ -96,7 +96,7 @@ def test_connect_fails(faults: str, text: str, tmp_path: Path) -> None:
     with two_processes(CELL, tmp_path, a={"CANN_SIM_FAULTS": faults}) as ends:
         ends.open()
         ends.memory()
-        with within(9), pytest.raises(errors.KvlinkError, match=f"{text}.*Hixl::Connect|Hixl::Connect.*{text}"):
+        with within(9), pytest.raises(errors.KvlinkError, match=rf"{text}.*Hixl::Connect|Hixl::Connect.*{text}"):
             ends.connect(timeout=6.0)
         _close(ends)
 
@@ -106,7 +106,10 @@ def test_nic_port_taken(tmp_path: Path) -> None:
     with two_processes(CELL, tmp_path, CANN_SIM_PORTS_TAKEN="16666") as ends:
         ends.open()
         ends.memory()
-        with within(9), pytest.raises(errors.KvlinkError, match="Hixl::Connect.*(16666|ports)|(16666|ports).*Hixl::Connect"):
+        with (
+            within(9),
+            pytest.raises(errors.KvlinkError, match=r"Hixl::Connect.*(16666|ports)|(16666|ports).*Hixl::Connect"),
+        ):
             ends.connect(timeout=6.0)
         _close(ends)
 
@@ -121,7 +124,7 @@ def test_communicator_init_hangs(cell: Cell, tmp_path: Path) -> None:
         for _ in range(2):
             with within(6), pytest.raises(errors.KvlinkError, match="Hixl::Connect"):
                 ends.connect(timeout=3.0)
-        with within(6), pytest.raises(errors.KvlinkError, match="degraded.*Hixl::Connect"):
+        with within(6), pytest.raises(errors.KvlinkError, match=r"degraded.*Hixl::Connect"):
             ends.connect(timeout=2.0)
         assert ends.a.call("provider_statistics")["degraded"] == 1
         ends.a.memory("more", MIB, 3, kind="device")  # what needs no connection goes on

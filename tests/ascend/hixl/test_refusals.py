@@ -35,12 +35,12 @@ def test_host_memory_over_hccs(cell: Cell, tmp_path: Path) -> None:
             peer = ends.peers[own]
             if their_kind == "allocated":
                 with pytest.raises(
-                    errors.UnsupportedError, match="cannot be reached over HCCS.*HCCL_INTRA_ROCE_ENABLE"
+                    errors.UnsupportedError, match=r"cannot be reached over HCCS.*HCCL_INTRA_ROCE_ENABLE"
                 ):
                     end.wait_region(peer, theirs, timeout=2.0)
             elif own_kind == "allocated":
                 if cell.soc == "A2":
-                    with pytest.raises(errors.KvlinkError, match="moves device memory only.*HCCL_INTRA_ROCE_ENABLE"):
+                    with pytest.raises(errors.KvlinkError, match=r"moves device memory only.*HCCL_INTRA_ROCE_ENABLE"):
                         end.transfer("put", peer, own, f"{theirs} too", blocks)
                 else:
                     end.transfer("put", peer, own, f"{theirs} too", blocks)
