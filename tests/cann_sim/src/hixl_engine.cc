@@ -246,8 +246,10 @@ void Engine::open_channel(const ChannelPtr &channel, const EngineName &address, 
   channel->remote_pool = reply.pool_address;
   channel->remote_pool_bytes = reply.pool_bytes;
   channel->remote_memories.resize((answer.payload.size() - sizeof reply) / sizeof(Range));
-  std::memcpy(channel->remote_memories.data(), answer.payload.data() + sizeof reply,
-              channel->remote_memories.size() * sizeof(Range));
+  if (!channel->remote_memories.empty()) {
+    std::memcpy(channel->remote_memories.data(), answer.payload.data() + sizeof reply,
+                channel->remote_memories.size() * sizeof(Range));
+  }
   const auto ranks = merge(fragment_, reply.fragment);
   if (!ranks) refuse(26, hixl::kParamInvalid, channel->peer + " is on this very device");
   channel->link.open(name_ + "_" + channel->peer, *ranks, memory_handles(), timeout_ms, options_.traffic_class,
