@@ -41,13 +41,15 @@ elseif(KVLINK_SANITIZE)
 endif()
 
 # kvlink_shared(NAME sources...): a shared library as all of kvlink's are: nothing undefined, no C++ runtime asked of the
-# host, so that one wheel works on every distribution whose C library is new enough.
+# host, so that one wheel works on every distribution whose C library is new enough. libgcc_s is the host's: it is on every
+# host, and the static one asks for a newer C library than anything of ours does. What nobody calls is dropped, for the
+# parts of the C++ runtime that would ask for a newer one, too.
 function(kvlink_shared name)
   add_library(${name} SHARED ${ARGN})
   target_link_libraries(${name} PRIVATE kvlink_build ${CMAKE_DL_LIBS})
-  target_link_options(${name} PRIVATE -Wl,--no-undefined -Wl,--exclude-libs,ALL)
+  target_link_options(${name} PRIVATE -Wl,--no-undefined -Wl,--exclude-libs,ALL -Wl,--gc-sections)
   if(NOT KVLINK_SANITIZE)
-    target_link_options(${name} PRIVATE -static-libgcc -static-libstdc++)
+    target_link_options(${name} PRIVATE -static-libstdc++)
   endif()
 endfunction()
 
