@@ -96,7 +96,7 @@ class World(Stage):
         eventually("the coordinator answers", lambda: get(f"{url}/instances") is not None, 120)
         self.servers = [self._server(name, url, engine) for name in ("one", "two")]
         specs = []
-        for core, (name, server, port) in zip(cores(), self.servers, strict=True):
+        for core, (name, _, port) in zip(cores(), self.servers, strict=True):
             extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
             transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
             specs.append(

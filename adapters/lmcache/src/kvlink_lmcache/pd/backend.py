@@ -202,7 +202,8 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
 
     def calculate_chunk_budget(self) -> int:
         """Returns the pages of the buffer."""
-        return self.buffer.total
+        total: int = self.buffer.total
+        return total
 
     # ---- a prefiller's chunks go ----
 

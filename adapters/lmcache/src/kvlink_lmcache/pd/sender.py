@@ -238,9 +238,10 @@ class Sender:
             answer = await self._ask(peer, message)
             if isinstance(answer, wire.Granted):
                 return answer, asked
+            if isinstance(answer, wire.Refused):
+                raise HandOffFailed(answer.reason, answer.never)
             if not isinstance(answer, wire.Wait):
-                refused = isinstance(answer, wire.Refused)
-                raise HandOffFailed(answer.reason, answer.never) if refused else RequestError(f"answer {answer!r}")
+                raise RequestError(f"the decoder answered a reservation with {type(answer).__name__}")
             try:
                 await asyncio.wait_for(handoff.go.wait(), max(deadline - time.monotonic(), 0.0))
             except (TimeoutError, asyncio.TimeoutError):

@@ -135,7 +135,7 @@ class RemoteChunk:
     def __init__(self, windows: Windows, index: int, entry: Entry, buffer: PDBuffer) -> None:
         self._windows = windows
         self._index = index
-        self._bytes = buffer.chunk_shape(entry.tokens).numel() * buffer.dtype.itemsize
+        self._bytes: int = buffer.chunk_shape(entry.tokens).numel() * buffer.dtype.itemsize
         self._count = 1
         self.is_pinned = False
 

@@ -164,7 +164,8 @@ def decode(body: bytes) -> Message:
     Raises:
         msgspec.DecodeError: It is none.
     """
-    return _decoder.decode(body)
+    message: Message = _decoder.decode(body)
+    return message
 
 
 class ProxyNotif(msgspec.Struct, tag=True):
