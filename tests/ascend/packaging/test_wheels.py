@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tests.ascend.packaging.checkout import BACKENDS
+from tests.ascend.packaging.checkout import BACKENDS, native
 from tests.ascend.packaging.compiling import ROOT, environment, run
 from tools import wheel_tag
 
@@ -67,6 +67,13 @@ def test_the_tag_is_what_the_libraries_need(wheels: dict[str, Path], name: str) 
     assert wheels[name].stem.endswith(needs.tag(machine))
     # Built with the shared C++ runtime, a library loads beside an engine's; without one, it must not ask for it at all.
     assert ("libstdc++.so.6" in needs.libraries) == (HIGHEST_GLIBCXX[name] != ())
+
+
+@pytest.mark.parametrize("name", ["engine", "host", "hook", "limits"])
+def test_the_cores_libraries_ask_for_no_newer_host(name: str) -> None:
+    needs = wheel_tag.needs_of([native() / f"libkvlink_{name}.so"])
+    assert needs.glibc <= HIGHEST_GLIBC
+    assert needs.glibcxx == () and "libstdc++.so.6" not in needs.libraries
 
 
 @pytest.mark.parametrize("name", BACKENDS)
