@@ -131,12 +131,15 @@ Failure Engine::start(const kvl_engine_params &params) {
   memory_ = std::make_unique<ascend::Memory>(vendor_->device, *registrar_, rules, owner);
   lanes_ = std::make_unique<ascend::StreamPool>(npu.acl(), kMaxStreams);
   runner_ = std::make_unique<ascend::VendorRunner>(vendor_->device);
-  return loop_.open();
+  failure = loop_.open();
+  if (!failure.ok()) return failure;
+  return ascend::StagingArea::open(vendor_->device, options_, *memory_, loop_, completions_, kStagedPath, &staging_);
 }
 
 Engine::~Engine() {
   if (vendor_ == nullptr) return;
   const auto guard = vendor_->device->enter();
+  staging_.reset();
   lanes_.reset();
   if (memory_ != nullptr) {
     // The core closed every region, but for those that a communicator still held; it is gone by now.
@@ -205,9 +208,11 @@ void Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *more) 
   *more = 0;
   {
     const auto io = loop_.lock();
+    const auto guard = vendor_->device->enter();
     const uint64_t until = host::now_ns() + kPollBudgetNs;
     loop_.dispatch(until);
-    if (work_.load() > 0) {
+    const bool staged = staged_.exchange(false);
+    if (work_.load() > 0 || staged) {
       {
         const std::lock_guard<std::mutex> lock(links_mutex_);
         if (polled_version_ != links_version_) {
@@ -215,9 +220,9 @@ void Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *more) 
           polled_version_ = links_version_;
         }
       }
-      const auto guard = vendor_->device->enter();
       for (const std::shared_ptr<Link> &link : polled_) {
         if (link->progress(until)) *more = 1;
+        if (link->staged_transfers() > 0) staged_.store(true);
       }
     } else if (!polled_.empty()) {
       polled_.clear();  // a closed link lives no longer than its last transfer
@@ -230,7 +235,7 @@ void Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *more) 
   if (*count > 0) loop_.note_progress();
 }
 
-void Engine::wait(uint32_t timeout_ms) { loop_.wait(timeout_ms, work_.load() > 0); }
+void Engine::wait(uint32_t timeout_ms) { loop_.wait(timeout_ms, work_.load() > 0 || staged_.load()); }
 
 void Engine::spawn(std::function<void()> job) {
   {
@@ -261,6 +266,8 @@ void Engine::shut() {
 }
 
 void Engine::statistics(kvl_stat *out, uint32_t *count) const {
+  uint64_t staged = 0, served = 0, refused = 0;
+  staging_->statistics(&staged, &served, &refused);
   const struct {
     const char *name;
     uint64_t value;
@@ -279,6 +286,9 @@ void Engine::statistics(kvl_stat *out, uint32_t *count) const {
       {"degraded", runner_->degraded() ? 1u : 0u},
       {"calls_abandoned", runner_->abandoned()},
       {"registered_bytes", memory_->registered_bytes()},
+      {"staged_bytes", staged},
+      {"staged_served_bytes", served},
+      {"staging_refused", refused},
   };
   const uint32_t room = *count;
   *count = 0;

@@ -17,6 +17,7 @@
 #include "ascend/event_loop.h"
 #include "ascend/memory.h"
 #include "ascend/runner.h"
+#include "ascend/staging.h"
 #include "ascend/streams.h"
 #include "blob.h"
 #include "options.h"
@@ -66,12 +67,15 @@ class Engine : public std::enable_shared_from_this<Engine> {
   ascend::CompletionQueue &completions() { return completions_; }
   ascend::StreamPool &lanes() { return *lanes_; }
   ascend::VendorRunner &runner() { return *runner_; }
+  ascend::StagingArea &staging() { return *staging_; }
   Statistics &stats() { return stats_; }
   uint32_t max_batch() const { return max_batch_; }
   // Only poll's thread uses it.
   ascend::HcclOneSideOpDesc *batch() { return batch_.data(); }
   // Transfers with work on the device or waiting for it: poll and wait need not look when there are none.
   std::atomic<uint32_t> &work() { return work_; }
+  // A transfer went to the staging area: poll drives it until its link has none left.
+  void note_staged() { staged_.store(true); }
 
  private:
   // The process-granular table; nothing to do in the other flavour.
@@ -100,8 +104,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::unique_ptr<ascend::Memory> memory_;
   std::unique_ptr<ascend::StreamPool> lanes_;
   std::unique_ptr<ascend::VendorRunner> runner_;
+  std::unique_ptr<ascend::StagingArea> staging_;
   std::array<ascend::HcclOneSideOpDesc, ascend::kHcclMaxBatch> batch_{};
   std::atomic<uint32_t> work_{0};
+  std::atomic<bool> staged_{false};
 
   std::mutex links_mutex_;  // guards the next two
   std::vector<std::shared_ptr<Link>> links_;

@@ -40,11 +40,13 @@ Failure Link::check_submit(uint32_t operation, const kvl_range *ranges, uint64_t
                         "the peer and reconnect",
                         plan->newest_local > self_.sequence ? "a local" : "the peer's");
   }
-  if (plan->host_memory && !plan->staged && type_ == ascend::LinkType::kHccs &&
-      engine_->vendor()->device->soc() == ascend::SocFamily::kA2) {
+  // The staging area is host memory, too.
+  const bool device_only = engine_->vendor()->device->soc() == ascend::SocFamily::kA2 || plan->staged;
+  if (plan->host_memory && type_ == ascend::LinkType::kHccs && device_only) {
     return make_failure(KVL_UNSUPPORTED, "submit",
-                        "the link is HCCS, which moves device memory to device memory on this SoC: set "
-                        "HCCL_INTRA_ROCE_ENABLE=1 on both sides, or option host_staging");
+                        "the link is HCCS, which moves device memory to device memory%s: set HCCL_INTRA_ROCE_ENABLE=1 "
+                        "on both sides",
+                        plan->staged ? " and has no use for the staging area" : " on this SoC");
   }
   return {};
 }
@@ -68,6 +70,19 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
     done->tag = tag;
     done->path = static_cast<uint32_t>(type_);
     return KVL_DONE;
+  }
+  if (plan.staged) {
+    if (stream != 0) {
+      return report(make_failure(KVL_UNSUPPORTED, "submit",
+                                 "a transfer through the staging area waits for no stream: synchronise it first"),
+                    err);
+    }
+    failure = staging_->admit(plan);
+    if (!failure.ok()) return report(failure, err);
+    staging_->enqueue(operation, ranges, count, tag, plan.bytes);
+    engine_->note_staged();
+    engine_->loop().wake();
+    return KVL_OK;
   }
   auto job = std::make_shared<Job>();
   job->tag = tag;
@@ -109,14 +124,14 @@ void Link::cancel(uint64_t tag) {
   {
     const std::lock_guard<std::mutex> lock(queue_mutex_);
     const auto found = live_.find(tag);
-    if (found == live_.end()) return;
-    found->second->cancelled.store(true);
+    if (found != live_.end()) found->second->cancelled.store(true);
     const auto queued = std::find_if(queue_.begin(), queue_.end(), [tag](const auto &job) { return job->tag == tag; });
     if (queued != queue_.end()) {
       dropped = std::move(*queued);
       queue_.erase(queued);
     }
   }
+  staging_->cancel(tag);  // unknown to it unless it is one of its own
   if (dropped != nullptr) {
     finish(*dropped, make_failure(KVL_CANCELLED, "cancel", "cancelled before it began"));
   }
@@ -138,6 +153,12 @@ void Link::finish(Job &job, const Failure &failure) {
     const auto guard = engine_->vendor()->device->enter();
     static_cast<void>(engine_->vendor()->acl().aclrtDestroyEvent(job.after));
     job.after = nullptr;
+  }
+  if (job.staged) {
+    --staged_flights_;
+    staging_->batch_done(job.tag, failure);
+    engine_->work().fetch_sub(1);
+    return;
   }
   {
     const std::lock_guard<std::mutex> lock(queue_mutex_);
@@ -172,6 +193,9 @@ bool Link::progress(uint64_t until_ns) {
     engine_->loop().note_progress();
   }
   more |= start_jobs(until_ns);
+  more |= staging_->progress(until_ns);
+  for (Flight &flight : incoming_) flights_.push_back(std::move(flight));
+  incoming_.clear();
   if (idle()) idle_changed_.notify_all();
   return more;
 }
@@ -186,7 +210,7 @@ std::shared_ptr<Job> Link::take_job() {
 
 bool Link::start_jobs(uint64_t until_ns) {
   bool more = false;
-  while (flights_.size() < engine_->options().streams) {
+  while (flights_.size() < engine_->options().streams + staged_flights_) {
     Flight flight;
     flight.job = take_job();
     if (flight.job == nullptr) return more;
@@ -229,19 +253,21 @@ uint32_t Link::next_batch(Job &job, HcclOneSideOpDesc *batch) {
 }
 
 Failure Link::issue_batch(Flight &flight) {
-  Job &job = *flight.job;
-  HcclOneSideOpDesc *batch = engine_->batch();
-  const uint32_t count = next_batch(job, batch);
-  if (count == 0) return {};
+  const uint32_t count = next_batch(*flight.job, engine_->batch());
+  return count == 0 ? Failure{} : call_batch(flight, engine_->batch(), count);
+}
+
+Failure Link::call_batch(Flight &flight, HcclOneSideOpDesc *batch, uint32_t count) {
   const ascend::HcclApi &hccl = engine_->vendor()->hccl;
+  const bool put = flight.job->put;
   flight.issued = true;
-  const int code = (job.put ? hccl.HcclBatchPut : hccl.HcclBatchGet)(connection_->comm(), connection_->peer_rank(),
-                                                                     batch, count, flight.lane.stream);
+  const int code = (put ? hccl.HcclBatchPut : hccl.HcclBatchGet)(connection_->comm(), connection_->peer_rank(), batch,
+                                                                 count, flight.lane.stream);
   Statistics &stats = engine_->stats();
   stats.batches.fetch_add(1, std::memory_order_relaxed);
   stats.descriptors.fetch_add(count, std::memory_order_relaxed);
-  return hccl_result(*engine_->vendor(), job.put ? "HcclBatchPut" : "HcclBatchGet", code,
-                     job.put ? "cannot write to the peer" : "cannot read from the peer");
+  return hccl_result(*engine_->vendor(), put ? "HcclBatchPut" : "HcclBatchGet", code,
+                     put ? "cannot write to the peer" : "cannot read from the peer");
 }
 
 Link::Step Link::issue_rest(Flight &flight, uint64_t until_ns) {
@@ -335,6 +361,35 @@ void Link::stop_flight(Flight flight, const Failure &failure) {
     connection->lane_out();
     self->idle_changed_.notify_all();
   });
+}
+
+Failure Link::issue(uint32_t operation, const Descriptor *descriptors, uint64_t count, uint64_t token) {
+  if (halted_.load()) return reason();
+  if (staged_flights_ >= engine_->options().streams) {
+    return make_failure(KVL_AGAIN, "submit", "%u batches of the staging area are under way", staged_flights_);
+  }
+  Flight flight;
+  Failure failure = engine_->lanes().acquire(&flight.lane);
+  if (!failure.ok()) return failure;
+  flight.job = std::make_shared<Job>();
+  flight.job->tag = token;
+  flight.job->put = operation == KVL_PUT;
+  flight.job->staged = true;
+  connection_->lane_in();
+  engine_->work().fetch_add(1);
+  ++staged_flights_;
+  HcclOneSideOpDesc *batch = engine_->batch();
+  for (uint64_t i = 0; i < count; ++i) batch[i] = descriptor_of(descriptors[i]);
+  failure = call_batch(flight, batch, static_cast<uint32_t>(count));
+  if (failure.ok()) failure = ascend::record(engine_->vendor()->acl(), flight.lane);
+  if (!failure.ok()) {
+    stop_flight(std::move(flight), failure);
+    return {};
+  }
+  flight.recorded = true;
+  flight.look_ns = host::now_ns() + kLookNs;
+  incoming_.push_back(std::move(flight));
+  return {};
 }
 
 }  // namespace kvlink::hcomm

@@ -45,6 +45,8 @@ Failure Link::open(const std::shared_ptr<Engine> &engine, const kvl_link_params 
   if (!link->interrupt_fd_) {
     return ascend::errno_failure(KVL_NO_RESOURCE, errno, "eventfd", "no descriptor for the link");
   }
+  const Failure failure = engine->staging().open_link(params, link->remotes_, *link, &link->staging_);
+  if (!failure.ok()) return failure;
   engine->add_link(link);
   *out = std::move(link);
   return {};
@@ -63,6 +65,7 @@ void Link::describe_self() {
       self_.unaligned = region->address;
     }
   }
+  staging_->describe(&self_.staging);
   connection_ = std::make_shared<Connection>(engine_, engine_->vendor(), std::move(bindings));
   described_ = true;
 }
@@ -107,8 +110,9 @@ Failure Link::run_connect(const Topology &topology, const Deadline &deadline) {
       },
       late);
   if (!failure.ok()) return failure;
-  return engine_->runner().run(
+  failure = engine_->runner().run(
       "HcclCommPrepare", deadline, [connection, deadline] { return connection->prepare(deadline); }, late);
+  return failure.ok() ? staging_->connect(peer_.staging, deadline) : failure;
 }
 
 void Link::interrupt() {
@@ -120,10 +124,10 @@ Failure Link::open_remote(uint32_t rmem, const void *blob, uint64_t length) {
   ascend::RegionBlob region;
   const Failure failure = ascend::parse_region_blob(blob, length, &region);
   if (!failure.ok()) return failure;
-  if (type_ == ascend::LinkType::kHccs && region.kind == KVL_MEMORY_HOST && region.staged == 0) {
+  if (type_ == ascend::LinkType::kHccs && region.kind == KVL_MEMORY_HOST) {
     return make_failure(KVL_UNSUPPORTED, "rmem_open",
                         "the link is HCCS, over which HCCL reaches device memory only, and the peer's region is host "
-                        "memory: set HCCL_INTRA_ROCE_ENABLE=1 on both sides, or option host_staging at the peer");
+                        "memory: set HCCL_INTRA_ROCE_ENABLE=1 on both sides");
   }
   auto remote = std::make_shared<ascend::RemoteRegion>();
   remote->handle = rmem;
@@ -141,7 +145,11 @@ Failure Link::open_remote(uint32_t rmem, const void *blob, uint64_t length) {
 // When the vendor does not let go in time, its memory stays bound and in quarantine until it does.
 void Link::take_down(uint64_t start_ns, uint32_t grace_ms) {
   const std::shared_ptr<Connection> connection = std::move(connection_);
-  if (connection == nullptr) return;
+  if (connection == nullptr) {
+    const auto io = engine_->loop().lock();
+    staging_->release();
+    return;
+  }
   const uint64_t spent_ms = (host::now_ns() - start_ns) / 1000000;
   const uint64_t left_ms = std::max<uint64_t>(grace_ms > spent_ms ? grace_ms - spent_ms : 0, kLeastCloseMs);
   // A connect that was given up takes its communicator down when it comes back.
@@ -150,7 +158,11 @@ void Link::take_down(uint64_t start_ns, uint32_t grace_ms) {
                                     .run("HcclCommDestroy", after_ms(left_ms),
                                          [connection, left_ms] { return connection->take_down(after_ms(left_ms)); })
                                     .ok();
-  if (gone) return;
+  if (gone) {
+    const auto io = engine_->loop().lock();
+    staging_->release();
+    return;
+  }
   engine_->stats().links_stuck.fetch_add(1);
   connection->quarantine(engine_->memory().quarantine());
 }
@@ -172,7 +184,10 @@ void Link::close(uint32_t grace_ms) {
     auto io = engine_->loop().lock();
     // What is on its way mostly ends by itself; what does not is stopped.
     idle_changed_.wait_for(io, std::chrono::milliseconds(grace_ms / 3), [this] { return idle(); });
+    staging_->stop(closed);
     flights.swap(flights_);
+    for (Flight &flight : incoming_) flights.push_back(std::move(flight));
+    incoming_.clear();
     for (Flight &flight : flights) stop_flight(std::move(flight), closed);
   }
   take_down(start, grace_ms);

@@ -22,10 +22,11 @@
 
 namespace kvlink::hcomm {
 
-// One accepted submit.
+// One accepted submit, or a batch of the staging area.
 struct Job {
   uint64_t tag = 0;
   bool put = false;
+  bool staged = false;  // a batch of the staging area, all of it issued; `tag` is its token
   uint64_t bytes = 0;
   ascend::RangeCursor cursor;
   ascend::aclrtEvent after = nullptr;  // on the caller's stream: nothing moves before it
@@ -33,10 +34,10 @@ struct Job {
   Failure failure;  // why not all of it was issued
 };
 
-class Link : public std::enable_shared_from_this<Link> {
+class Link : public ascend::BatchIssuer, public std::enable_shared_from_this<Link> {
  public:
   static Failure open(const std::shared_ptr<Engine> &engine, const kvl_link_params &params, std::shared_ptr<Link> *out);
-  ~Link();
+  ~Link() override;
 
   // Any thread.
   Failure describe(void *buffer, uint64_t *length);
@@ -53,6 +54,10 @@ class Link : public std::enable_shared_from_this<Link> {
   // I/O lock held, engine's thread, the device's context current.
   // Moves on until `until_ns`; true when work is left that needs no event.
   bool progress(uint64_t until_ns);
+  uint32_t staged_transfers() const { return staging_->transfers(); }
+  // For the staging area.
+  Failure issue(uint32_t operation, const ascend::Descriptor *descriptors, uint64_t count, uint64_t token) override;
+  uint64_t max_batch() const override { return engine_->max_batch(); }
 
  private:
   struct Flight {
@@ -75,6 +80,7 @@ class Link : public std::enable_shared_from_this<Link> {
   Step issue_rest(Flight &flight, uint64_t until_ns);
   Step look(Flight &flight);
   Failure issue_batch(Flight &flight);
+  Failure call_batch(Flight &flight, ascend::HcclOneSideOpDesc *batch, uint32_t count);
   uint32_t next_batch(Job &job, ascend::HcclOneSideOpDesc *batch);
   // The stream has failed: it is destroyed elsewhere, then the job ends.
   void stop_flight(Flight flight, const Failure &failure);
@@ -84,7 +90,7 @@ class Link : public std::enable_shared_from_this<Link> {
   Failure reason();
   std::shared_ptr<Job> take_job();
   void fail_queued(const Failure &failure);
-  bool idle() const { return flights_.empty() && stopping_ == 0; }
+  bool idle() const { return flights_.empty() && incoming_.empty() && stopping_ == 0; }
 
   const std::shared_ptr<Engine> engine_;
   const kvl_link_params params_;
@@ -98,6 +104,7 @@ class Link : public std::enable_shared_from_this<Link> {
   LinkBlob peer_{};
   ascend::LinkType type_ = ascend::LinkType::kRoce;
   std::shared_ptr<Connection> connection_;
+  std::unique_ptr<ascend::StagingLink> staging_;
 
   std::atomic<bool> halted_{false};  // nothing is issued any more
   std::mutex queue_mutex_;           // guards the next block; held briefly
@@ -108,6 +115,8 @@ class Link : public std::enable_shared_from_this<Link> {
 
   // I/O lock.
   std::vector<Flight> flights_;
+  std::vector<Flight> incoming_;  // the staging area's, issued while flights_ may not change
+  uint32_t staged_flights_ = 0;
   uint32_t stopping_ = 0;  // flights whose stream is being destroyed
   std::condition_variable idle_changed_;
 };
