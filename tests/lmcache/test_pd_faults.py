@@ -49,7 +49,10 @@ def sender(proxy: Proxy, mode: dict[str, bool]) -> Prefiller:
     return Prefiller(16, proxy, pd_pull_done_port=[free_port()], **mode, **QUICK)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+EACH = ["push", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pull", "delayed"))]
+
+
+@pytest.mark.parametrize("mode", EACH)
 def test_no_page_is_lost_after_200_faults(proxy: Proxy, mode: str) -> None:
     rng = random.Random(5)
     decoder = Decoder(8, **MODES[mode], **QUICK)
@@ -139,7 +142,7 @@ PREFILLER = """
 """
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", EACH)
 def test_prefillers_that_are_killed_leave_nothing_at_the_decoder(proxy: Proxy, mode: str) -> None:
     decoder = Decoder(64, **MODES[mode], **QUICK)
     rng = random.Random(3)
