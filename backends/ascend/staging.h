@@ -1,6 +1,7 @@
 // The host staging area: for host memory that cannot be registered with the vendor (too large, unaligned, not pinned).
 //
-// One pinned, registered arena an engine, `host_staging` bytes. Half of it are chunks for this side's transfers, the
+// One registered arena an engine, `host_staging` bytes: pinned host memory, or device memory where a link may be HCCS,
+// over which a peer's host memory is out of reach. Half of it are chunks for this side's transfers, the
 // other half windows, one a link, that the peer of that link writes to and reads from through the vendor:
 //
 //   local side staged     the bytes are copied through a chunk; the vendor moves chunk <-> peer

@@ -3,6 +3,7 @@
 #include <cinttypes>
 #include <cstring>
 
+#include "ascend/errors.h"
 #include "ascend/staging_impl.h"
 
 namespace kvlink::ascend {
@@ -22,9 +23,14 @@ uint32_t Parts::take() {
   return part;
 }
 
-StagingArea::Impl::Impl(Memory &memory_in, EventLoop &loop_in, CompletionQueue &completions_in, uint32_t path_in,
-                        const CommonOptions &options_in)
-    : memory(memory_in), loop(loop_in), completions(completions_in), path(path_in), options(options_in) {}
+StagingArea::Impl::Impl(std::shared_ptr<const Device> device, Memory &memory_in, EventLoop &loop_in,
+                        CompletionQueue &completions_in, uint32_t path_in, const CommonOptions &options_in)
+    : memory(memory_in),
+      loop(loop_in),
+      completions(completions_in),
+      path(path_in),
+      options(options_in),
+      device_(std::move(device)) {}
 
 Failure StagingArea::Impl::start() {
   if (options.host_staging == 0) return {};
@@ -38,8 +44,19 @@ Failure StagingArea::Impl::start() {
                         2 * kLeastWindow * options.host_staging_links);
   }
   arena_bytes = options.host_staging / kPage * kPage;
-  Failure failure = memory.allocate(KVL_MEMORY_HOST, arena_bytes, &arena);
-  if (failure.ok()) failure = memory.open_internal(arena, arena_bytes, &region);
+  // Over HCCS a peer's host memory is out of reach: where a link may become HCCS, the arena is device memory. The CPU
+  // then copies to and from it through the driver; the regions themselves are not registered either way.
+  LinkEnvironment environment;
+  const Failure unclear = read_link_environment(&environment);
+  const bool hccs_soc = device_->soc() == SocFamily::kA2 || device_->soc() == SocFamily::kA3;
+  on_device = hccs_soc && !(unclear.ok() && environment.intra_roce);
+  const uint32_t kind = on_device ? KVL_MEMORY_DEVICE : KVL_MEMORY_HOST;
+  Failure failure = memory.allocate(kind, arena_bytes, &arena);
+  if (failure.ok()) failure = memory.open_internal(arena, arena_bytes, &region, kind);
+  if (failure.ok() && on_device) {
+    failure = memory.allocate(KVL_MEMORY_HOST, kMaxStepBytes, &scratch);
+    scratch_bytes = kMaxStepBytes;
+  }
   if (!failure.ok()) {
     failure.message = "the staging area of " + std::to_string(arena_bytes) + " bytes: " + failure.message;
     return failure;
@@ -60,12 +77,69 @@ void StagingArea::Impl::close() {
       loop.bury(std::move(listener));
     }
   }
+  if (scratch != 0) memory.free(scratch);
   if (arena == 0) return;
   // A part that no link released may still be written by the vendor: the arena then stays until the process ends.
   if (region != nullptr) {
     if (!chunks.whole() || !windows.whole() || !memory.close_internal(region).ok()) return;
   }
   memory.free(arena);
+}
+
+Failure StagingArea::Impl::copy_device(uint64_t place, uint64_t length, bool to_device) {
+  const ContextGuard guard = device_->enter();
+  if (!guard.ok()) return guard.failure();
+  void *host = reinterpret_cast<void *>(scratch), *inside = reinterpret_cast<void *>(place);
+  const AclApi &acl = device_->acl();
+  const aclError code = to_device ? acl.aclrtMemcpy(inside, length, host, length, ACL_MEMCPY_HOST_TO_DEVICE)
+                                  : acl.aclrtMemcpy(host, length, inside, length, ACL_MEMCPY_DEVICE_TO_HOST);
+  if (code == ACL_SUCCESS) return {};
+  return vendor_failure(&acl, Vendor::kAcl, "aclrtMemcpy", code, "%" PRIu64 " bytes of the staging area", length);
+}
+
+// Fills the scratch memory piece by piece and sends it on when it is full, or memory the CPU reaches directly.
+Failure StagingArea::Impl::gather(uint64_t place, const RegionPiece *pieces, size_t count) {
+  uint64_t filled = 0;
+  for (size_t i = 0; i < count; ++i) {
+    for (uint64_t at = 0; at < pieces[i].length;) {
+      const uint64_t room = on_device ? scratch_bytes - filled : UINT64_MAX;
+      const uint64_t length = std::min(pieces[i].length - at, room);
+      std::memcpy(reinterpret_cast<void *>((on_device ? scratch : place) + filled),
+                  reinterpret_cast<const void *>(pieces[i].address + at), length);
+      at += length;
+      filled += length;
+      if (!on_device || filled < scratch_bytes) continue;
+      const Failure failure = copy_device(place, filled, true);
+      if (!failure.ok()) return failure;
+      place += filled;
+      filled = 0;
+    }
+  }
+  return on_device && filled > 0 ? copy_device(place, filled, true) : Failure{};
+}
+
+Failure StagingArea::Impl::scatter(uint64_t place, const RegionPiece *pieces, size_t count) {
+  uint64_t left = 0;  // of the whole, not yet in the scratch memory
+  for (size_t i = 0; i < count; ++i) left += pieces[i].length;
+  uint64_t taken = 0, held = 0;  // of what is in the scratch memory
+  for (size_t i = 0; i < count; ++i) {
+    for (uint64_t at = 0; at < pieces[i].length;) {
+      if (on_device && taken == held) {
+        held = std::min(left, scratch_bytes);
+        const Failure failure = copy_device(place, held, false);
+        if (!failure.ok()) return failure;
+        place += held;
+        left -= held;
+        taken = 0;
+      }
+      const uint64_t length = std::min(pieces[i].length - at, on_device ? held - taken : UINT64_MAX);
+      std::memcpy(reinterpret_cast<void *>(pieces[i].address + at),
+                  reinterpret_cast<const void *>((on_device ? scratch : place) + taken), length);
+      at += length;
+      taken += length;
+    }
+  }
+  return {};
 }
 
 const SessionKey *StagingArea::Impl::find_key(const SessionId &session) {
@@ -91,10 +165,11 @@ StagingArea::StagingArea(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 StagingArea::~StagingArea() { impl_->close(); }
 
-Failure StagingArea::open(std::shared_ptr<const Device>, const CommonOptions &options, Memory &memory, EventLoop &loop,
-                          CompletionQueue &completions, uint32_t path, std::unique_ptr<StagingArea> *area) {
+Failure StagingArea::open(std::shared_ptr<const Device> device, const CommonOptions &options, Memory &memory,
+                          EventLoop &loop, CompletionQueue &completions, uint32_t path,
+                          std::unique_ptr<StagingArea> *area) {
   std::unique_ptr<StagingArea> opened(
-      new StagingArea(std::make_unique<Impl>(memory, loop, completions, path, options)));
+      new StagingArea(std::make_unique<Impl>(std::move(device), memory, loop, completions, path, options)));
   const Failure failure = opened->impl_->start();
   if (failure.ok()) *area = std::move(opened);
   return failure;

@@ -36,11 +36,22 @@ class Parts {
   std::vector<uint32_t> free_;
 };
 
+// A piece of a staged region, which is plain host memory.
+struct RegionPiece {
+  uint64_t address;
+  uint64_t length;
+};
+
 class StagingArea::Impl final : public SideDirectory {
  public:
-  Impl(Memory &memory, EventLoop &loop, CompletionQueue &completions, uint32_t path, const CommonOptions &options);
+  Impl(std::shared_ptr<const Device> device, Memory &memory, EventLoop &loop, CompletionQueue &completions,
+       uint32_t path, const CommonOptions &options);
   Failure start();
   void close();
+
+  // Between pieces and [place, ...) of the arena, where they lie one after the other. I/O lock held.
+  Failure gather(uint64_t place, const RegionPiece *pieces, size_t count);   // pieces -> arena
+  Failure scatter(uint64_t place, const RegionPiece *pieces, size_t count);  // arena -> pieces
 
   const SessionKey *find_key(const SessionId &session) override;
   void admit(const SessionId &session, UniqueFd socket) override;
@@ -54,11 +65,19 @@ class StagingArea::Impl final : public SideDirectory {
   const CommonOptions options;
   std::unique_ptr<SideListener> listener;
   uint64_t arena = 0, arena_bytes = 0;
+  bool on_device = false;  // the arena is device memory, which HCCS links reach
+  uint64_t scratch = 0;    // pinned; what goes to device memory or comes from it passes through here in one copy
+  uint64_t scratch_bytes = 0;
   std::shared_ptr<Region> region;
   Parts chunks, windows;
   bool starving = false;  // some link waits for a chunk
   std::vector<StagingLink::Impl *> links;
   std::atomic<uint64_t> staged_bytes{0}, served_bytes{0}, refused_{0};
+
+ private:
+  Failure copy_device(uint64_t place, uint64_t length, bool to_device);
+
+  const std::shared_ptr<const Device> device_;
 };
 
 // A submit on its way through the area.
@@ -74,13 +93,6 @@ struct StagedJob {
   Failure failure;                // the first one
 };
 
-// Local bytes of a step that are copied between a chunk and a region by the CPU.
-struct LocalCopy {
-  uint64_t region;
-  uint64_t chunk;
-  uint64_t length;
-};
-
 // One vendor batch of a job, with the copies before and after it.
 struct Step {
   enum class Phase { kReady, kVendor, kAnswer };
@@ -89,8 +101,8 @@ struct Step {
   Phase phase = Phase::kReady;
   uint32_t chunk = kNoPart, slot = kNoPart;
   std::vector<Descriptor> batch;
-  std::vector<LocalCopy> copies;
-  std::vector<SideEntry> table;  // of the peer's staged regions
+  std::vector<RegionPiece> copies;  // in the order in which they lie in the chunk
+  std::vector<SideEntry> table;     // of the peer's staged regions
 };
 
 class StagingLink::Impl final : public SideHandler {

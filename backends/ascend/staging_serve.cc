@@ -1,7 +1,5 @@
 // The exporter's side: copies between a link's window and staged regions, on the word of an authenticated peer that is
 // not trusted with a single offset.
-#include <cstring>
-
 #include "ascend/staging_impl.h"
 
 namespace kvlink::ascend {
@@ -27,13 +25,14 @@ kvl_status StagingLink::Impl::serve(Serve what, const SideHeader &header, const 
       return refuse(KVL_INVALID);
     }
   }
-  uint64_t at = area_.windows.address(window_) + header.window_offset;
+  RegionPiece pieces[kMaxSideEntries];
   for (uint32_t i = 0; i < header.count; ++i) {
-    void *window = reinterpret_cast<void *>(at);
-    void *memory = reinterpret_cast<void *>(regions.find(table[i].mem)->address + table[i].offset);
-    std::memcpy(what == Serve::kCommit ? memory : window, what == Serve::kCommit ? window : memory, table[i].length);
-    at += table[i].length;
+    pieces[i] = {regions.find(table[i].mem)->address + table[i].offset, table[i].length};
   }
+  const uint64_t place = area_.windows.address(window_) + header.window_offset;
+  const Failure failure =
+      what == Serve::kCommit ? area_.scatter(place, pieces, header.count) : area_.gather(place, pieces, header.count);
+  if (!failure.ok()) return refuse(failure.status);
   area_.served_bytes.fetch_add(total);
   return KVL_OK;
 }

@@ -1,7 +1,6 @@
 // Transfers through the area, cut into steps: copy in, ask, move, tell, copy out. I/O lock held throughout.
 #include <algorithm>
 #include <cinttypes>
-#include <cstring>
 
 #include "ascend/staging_impl.h"
 
@@ -73,10 +72,14 @@ bool StagingLink::Impl::begin_step(StagedJob &job) {
   ++job.steps;
   Step &placed = steps_.emplace(step.token, std::move(step)).first->second;
   if (job.operation == KVL_PUT) {
-    for (const LocalCopy &copy : placed.copies) {
-      std::memcpy(reinterpret_cast<void *>(copy.chunk), reinterpret_cast<const void *>(copy.region), copy.length);
+    const Failure failure = placed.copies.empty() ? Failure{}
+                                                  : area_.gather(area_.chunks.address(placed.chunk),
+                                                                 placed.copies.data(), placed.copies.size());
+    if (failure.ok()) {
+      issue(placed);
+    } else {
+      end(placed.token, failure);
     }
-    issue(placed);
   } else if (!placed.table.empty()) {
     ask(placed, SideType::kFetch);
   } else {
@@ -135,7 +138,7 @@ bool StagingLink::Impl::build(StagedJob &job, Step *step) {
                      remote->address + range.remote_offset + job.offset, length};
     if (local->staged) {
       const uint64_t place = area_.chunks.address(step->chunk) + chunk_used;
-      step->copies.push_back({piece.local, place, length});
+      step->copies.push_back({piece.local, length});
       piece.local = place;
       chunk_used += length;
     }
@@ -193,10 +196,9 @@ void StagingLink::Impl::after_vendor(Step &step) {
     }
     return;
   }
-  for (const LocalCopy &copy : step.copies) {
-    std::memcpy(reinterpret_cast<void *>(copy.region), reinterpret_cast<const void *>(copy.chunk), copy.length);
-  }
-  end(step.token, {});
+  end(step.token, step.copies.empty()
+                      ? Failure{}
+                      : area_.scatter(area_.chunks.address(step.chunk), step.copies.data(), step.copies.size()));
 }
 
 void StagingLink::Impl::ask(Step &step, SideType type) {

@@ -51,7 +51,7 @@ class Vendor : public VendorMemory {
 class Side : public BatchIssuer {
  public:
   Side(std::shared_ptr<const Device> device, uint32_t role, uint64_t staging, uint8_t key = 9)
-      : role_(role), params_(link_params(role, 7, key)) {
+      : device_(device), role_(role), params_(link_params(role, 7, key)) {
     options.host_staging = staging;
     options.host_staging_links = 2;
     CHECK(options.complete().ok());
@@ -203,9 +203,8 @@ class Side : public BatchIssuer {
           const Batch batch = std::move(batches_.front());
           batches_.pop_front();
           for (const Descriptor &piece : batch.descriptors) {
-            auto *local = reinterpret_cast<char *>(piece.local), *remote = reinterpret_cast<char *>(piece.remote);
-            std::memcpy(batch.operation == KVL_PUT ? remote : local, batch.operation == KVL_PUT ? local : remote,
-                        piece.length);
+            const bool put = batch.operation == KVL_PUT;
+            move(put ? piece.remote : piece.local, put ? piece.local : piece.remote, piece.length);
           }
           if (link != nullptr) link->batch_done(batch.token, {});
         }
@@ -225,6 +224,25 @@ class Side : public BatchIssuer {
     }
   }
 
+  // The arena may be device memory, which only the (simulated) device touches.
+  void move(uint64_t to, uint64_t from, uint64_t length) {
+    const ContextGuard guard = device_->enter();
+    CHECK(guard.ok());
+    const AclApi &acl = device_->acl();
+    void *target = reinterpret_cast<void *>(to), *source = reinterpret_cast<void *>(from);
+    const bool to_device = pointer_kind(acl, target) == PointerKind::kDevice;
+    const bool from_device = pointer_kind(acl, source) == PointerKind::kDevice;
+    if (!to_device && !from_device) {
+      std::memcpy(target, source, length);
+      return;
+    }
+    const aclrtMemcpyKind kind = !to_device    ? ACL_MEMCPY_DEVICE_TO_HOST
+                                 : from_device ? ACL_MEMCPY_DEVICE_TO_DEVICE
+                                               : ACL_MEMCPY_HOST_TO_DEVICE;
+    CHECK(acl.aclrtMemcpy(target, length, source, length, kind) == ACL_SUCCESS);
+  }
+
+  const std::shared_ptr<const Device> device_;
   const uint32_t role_;
   const kvl_link_params params_;
   std::deque<Batch> batches_;
@@ -524,6 +542,50 @@ void test_broken_frames(const std::shared_ptr<const Device> &device) {
   }
 }
 
+// One request larger than what passes to a device in one copy: the pieces meet its borders anywhere.
+void test_large_request(const std::shared_ptr<const Device> &device) {
+  Side b(device, KVL_ROLE_ACCEPTOR, uint64_t{16} << 20);
+  StagingBlob blob;
+  b.link->describe(&blob);
+  std::vector<uint8_t> from(5000000), to(5000000), seen(5000000);
+  fill(from.data(), from.size(), 21);
+  b.open_region(1, from.data(), from.size(), KVL_ACCESS_READ);
+  b.open_region(2, to.data(), to.size(), KVL_ACCESS_WRITE);
+  SessionId session;
+  session.fill(7);
+  const kvl_link_params params = link_params(KVL_ROLE_INITIATOR, 7, 9);
+  UniqueFd socket;
+  CHECK(connect_side(blob.host, blob.port, session, params.session_key, in_ms(5000), &socket).ok());
+  struct {
+    SideHeader header;
+    SideEntry table[4];
+  } frame{};
+  frame.header.magic = SideHeader::kMagic;
+  frame.header.count = 4;
+  frame.header.window_offset = 33;
+  const uint32_t lengths[] = {1000001, 17, 1600000, 1048576};
+  const auto ask = [&](SideType type, uint32_t mem) {
+    uint64_t offset = 3;
+    for (int i = 0; i < 4; ++i) {
+      frame.table[i] = {offset, mem, lengths[i]};
+      offset += lengths[i] + 100;
+    }
+    frame.header.type = static_cast<uint16_t>(type);
+    CHECK(kvlink::host::send_all(socket.get(), &frame, sizeof frame, in_ms(5000)).ok());
+    SideHeader answer{};
+    CHECK(kvlink::host::receive_all(socket.get(), &answer, sizeof answer, in_ms(30000)).ok());
+    CHECK_EQ(answer.status, KVL_OK);
+  };
+  ask(SideType::kFetch, 1);
+  ask(SideType::kCommit, 2);
+  uint64_t offset = 3;
+  for (const uint32_t length : lengths) {
+    std::memcpy(&seen[offset], &from[offset], length);
+    offset += length + 100;
+  }
+  CHECK(to == seen);
+}
+
 void test_windows_run_out(const std::shared_ptr<const Device> &device) {
   Side a(device, KVL_ROLE_INITIATOR, 0), b(device, KVL_ROLE_ACCEPTOR, kArea);
   std::unique_ptr<StagingLink> second, third;
@@ -641,6 +703,17 @@ int main(int count, char **arguments) {
     CHECK(Device::open(0, &opened).ok());
     const std::shared_ptr<const Device> device = std::move(opened);
     const int descriptors = open_descriptors();
+    // Without RoCE inside the server the arena is device memory, with it pinned host memory.
+    unsetenv("HCCL_INTRA_ROCE_ENABLE");
+    test_pairs(device, true, true);
+    test_pairs(device, true, false);
+    test_pairs(device, false, true);
+    test_many_at_once(device);
+    test_failures(device);
+    test_broken_frames(device);
+    test_large_request(device);
+    CHECK_EQ(live("device_memory"), int64_t{0});
+    setenv("HCCL_INTRA_ROCE_ENABLE", "1", 1);
     test_pairs(device, true, true);
     test_pairs(device, true, false);
     test_pairs(device, false, true);
@@ -651,6 +724,7 @@ int main(int count, char **arguments) {
     test_peer_lost(device);
     test_strangers(device);
     test_broken_frames(device);
+    test_large_request(device);
     test_windows_run_out(device);
     test_too_small(device);
     test_off(device);
