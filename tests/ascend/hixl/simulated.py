@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ascend.hccl.simulated import DEVICES, LINKS, PAIRS, SOCS, Cell, native, on_host
+from tests.ascend.hccl.simulated import (
+    DEVICES,
+    LINKS,
+    PAIRS,
+    SOCS,
+    Cell,
+    host_environment,
+    native,
+    on_host,
+    provider_paths,
+)
 
 from kvlink.testing.endpoint import RemoteEndpoint
 from kvlink.testing.wire import ChildProcess
@@ -17,7 +27,20 @@ from kvlink.testing.wire import ChildProcess
 FLAVOURS = ("8.5.0", "9.0", "9.1")
 MIB = 1 << 20
 
-__all__ = ["DEVICES", "FLAVOURS", "MIB", "Cell", "Ends", "cells", "native", "on_host", "two_processes", "works"]
+__all__ = [
+    "DEVICES",
+    "FLAVOURS",
+    "MIB",
+    "Cell",
+    "Ends",
+    "cells",
+    "host_environment",
+    "native",
+    "on_host",
+    "provider_paths",
+    "two_processes",
+    "works",
+]
 
 
 def cells() -> list[Cell]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.ascend.hccl.simulated import host_environment, provider_paths
 
 from kvlink import errors, registry
 
-from .simulated import MIB, Cell, Ends, on_host, two_processes
+from .simulated import MIB, Cell, Ends, host_environment, on_host, provider_paths, two_processes
 
 CELL = Cell("hixl", "8.5.0")
 HCCS = Cell("hixl", "9.1", "A3", "hccs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,14 @@ def test_two_hundred_cycles(flavour: str, tmp_path: Path) -> None:
         # The first rounds make what is made once: pools, thread arenas, the vendor's own caches.
         ends.a.call("cycle", address=ends.address, count=ROUNDS, deadline=300.0)
         ends.b.wait_peers(0)
-        before = {end.name: (end.call("resources"), end.call("live")) for end in (ends.a, ends.b)}
-        ends.a.call("cycle", address=ends.address, count=ROUNDS, deadline=300.0)
-        ends.b.wait_peers(0)
-        for end in (ends.a, ends.b):
+        both = (ends.a, ends.b)
+        before = {end.name: (end.call("resources"), end.call("live")) for end in both}
+        resident = [[end.call("resources")["resident_kib"] for end in both]]
+        for _ in range(3):
+            ends.a.call("cycle", address=ends.address, count=ROUNDS, deadline=300.0)
+            ends.b.wait_peers(0)
+            resident.append([end.call("resources")["resident_kib"] for end in both])
+        for end in both:
             was, live = before[end.name]
             resources.until(
                 lambda end=end: end.call("live"),  # type: ignore[misc]
@@ -39,5 +44,7 @@ def test_two_hundred_cycles(flavour: str, tmp_path: Path) -> None:
                     10.0,
                     lambda now, what=what, limit=was[what]: f"{now} {what} instead of {limit}",  # type: ignore[misc]
                 )
-            grown = end.call("resources")["resident_kib"] - was["resident_kib"]
+        # What leaks, leaks every time; an allocator's arenas grow once in a while.
+        for index, end in enumerate(both):
+            grown = min(after[index] - earlier[index] for earlier, after in itertools.pairwise(resident))
             assert grown < ROUNDS or resources.sanitized(), f"{end.name} grew by {grown} KiB in {ROUNDS} rounds"
