@@ -68,7 +68,7 @@ def get(url: str) -> Any:
 
 def knows_a_peer(server: Process) -> bool:
     """Returns whether a server has met the other one."""
-    return "P2P" in server.text()
+    return "Added P2P adapter 0 for peer" in server.text()
 
 
 class World(Stage):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from lmcache.logging import init_logger
 from lmcache.v1.distributed.transfer_channel.abstract import (
     TransferChannelClient,
     TransferChannelContext,
@@ -176,6 +177,8 @@ class KVLinkTransferChannelContext(TransferChannelContext):  # type: ignore[misc
             ConfigError: A wrong address or option, or no secret beyond loopback.
             ChannelUnavailableError: This host cannot use the provider.
         """
+        # In this process nobody has set up vLLM's logger, on which kvlink's hangs otherwise.
+        _log.parent = init_logger("lmcache.kvlink")
         self._desc = l1_memory_desc
         self.advertise_url = _bare(advertise_url)
         name = "auto" if transfer_channel == "kvlink" else transfer_channel
