@@ -1,7 +1,7 @@
 """What LMCache's entry-point group ``lmcache.device_plugins`` loads whenever lmcache is imported, in every process.
 
-It is the only thing that runs in ``lmcache server`` before its transfer channel is chosen. Loading it registers kvlink's
-channels; the device it has to describe for that does not exist, and is never chosen.
+It is the only thing that runs in ``lmcache server`` before its transfer channel is chosen. Loading it registers
+kvlink's channels; the device it has to describe for that does not exist, and is never chosen.
 """
 
 from __future__ import annotations
