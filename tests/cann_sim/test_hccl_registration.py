@@ -302,6 +302,19 @@ def test_rule_13_the_first_initialisations_can_fail_with_7(make_host: Hosts) -> 
         assert [one.init(rank_table(TWO), 0, "x")[0] for _ in range(3)] == [7, 7, 0]
 
 
+def test_rule_13_processes_that_initialise_at_once_disturb_each_other(make_host: Hosts) -> None:
+    with Pair(make_host(), CANN_SIM_INIT_CONTENTION="1") as pair:
+        codes: list[int] = []
+        for _ in range(60):
+            pair.a.begin("init", pair.table(), 0, fresh_name())
+            pair.b.begin("init", pair.table(), 1, fresh_name())
+            codes += [pair.a.end()[0], pair.b.end()[0]]
+            if 7 in codes:
+                break
+        assert set(codes) == {0, 7}
+        assert pair.a.init(pair.table(), 0, fresh_name())[0] == 0  # alone, it works
+
+
 R, P = "HCCL_INTRA_ROCE_ENABLE", "HCCL_INTRA_PCIE_ENABLE"
 ENVIRONMENTS = [
     ({}, 0),

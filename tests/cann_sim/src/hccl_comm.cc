@@ -27,6 +27,19 @@ Comms &comms() {
   return instance;
 }
 
+// What is seen on hosts where several processes initialise at once: all but one fail, and a later try succeeds.
+class HostShare {
+ public:
+  HostShare() {
+    if (!settings().init_contention) return;
+    held_ = Socket(nic_listen("communicator-init", 1));
+    if (!held_.open()) throw Refused(13, HCCL_E_UNAVAIL, "EI0007: another process of this host is initialising");
+  }
+
+ private:
+  Socket held_;
+};
+
 int need_device(const char *what) {
   const int device = current_device();
   if (device < 0) throw Refused(4, HCCL_E_RUNTIME, std::string(what) + ": this thread has no device (rt 107002)");
@@ -85,6 +98,7 @@ HcclComm create_comm(const char *rank_table, std::uint32_t rank, const HcclCommC
   const int device = need_device("HcclCommInitClusterInfoMemConfig");
   if (rank_table == nullptr || config == nullptr) throw Refused(12, HCCL_E_PTR, "EI0003: a null argument");
   const Environment &env = environment();
+  const HostShare share;
   auto comm = std::make_shared<Comm>();
   comm->name = read_config(config);
   check_name_free(comm->name, device);

@@ -75,7 +75,9 @@ void HcclLink::open(const std::string &name, const Merged &ranks, const std::vec
   HcclCommConfig config = make_config(name, traffic_class, service_level);
   {
     const std::lock_guard<std::mutex> lock(init_mutex());
-    check_hccl(api.init(ranks.json.c_str(), ranks.own_rank, &config, &comm_), "HcclCommInitClusterInfoMemConfig");
+    HcclComm made = nullptr;
+    check_hccl(api.init(ranks.json.c_str(), ranks.own_rank, &config, &made), "HcclCommInitClusterInfoMemConfig");
+    comm_ = made;
   }
   peer_rank_ = ranks.peer_rank;
   try {

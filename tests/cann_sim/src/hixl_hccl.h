@@ -1,6 +1,7 @@
 // The HCCL functions HIXL uses, found in libhcomm.so as the vendor's engine finds them, and one link made of them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -40,7 +41,7 @@ class HcclLink {
   std::uint32_t peer_rank() const { return peer_rank_; }
 
  private:
-  HcclComm comm_ = nullptr;
+  std::atomic<HcclComm> comm_{nullptr};  // other sessions ask whether there is one
   std::uint32_t peer_rank_ = 0;
   std::vector<void *> bound_;
 };

@@ -2,7 +2,6 @@
 
 #include <arpa/inet.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -30,9 +29,8 @@ void put(char (&to)[Size], const std::string &text) {
 
 // The engine reads /etc/hccn.conf; here that of the installed host, where there is one. Empty: fine for HCCS only.
 std::string address_of(int physical_device) {
-  const char *root = std::getenv("KVLINK_ASCEND_SYSROOT");
-  if (root == nullptr) return device_ip(physical_device);
-  std::ifstream conf(std::string(root) + "/etc/hccn.conf");
+  if (settings().root.empty()) return device_ip(physical_device);
+  std::ifstream conf(settings().root + "/etc/hccn.conf");
   const std::string key = "address_" + std::to_string(physical_device) + "=";
   std::string line;
   while (std::getline(conf, line)) {

@@ -18,7 +18,8 @@ hixl::Status from_acl(int code);
 
 inline void check_hccl(int code, const std::string &what) {
   if (code != HCCL_SUCCESS) {
-    throw Refused(27, static_cast<int>(from_hccl(code)), what + " failed: HCCL " + std::to_string(code));
+    throw Refused(27, static_cast<int>(from_hccl(code)),
+                  what + " failed: HCCL " + std::to_string(code) + ", " + take_error_text());
   }
 }
 inline void check_acl(int code, const std::string &what) {

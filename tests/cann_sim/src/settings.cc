@@ -124,6 +124,7 @@ Settings read() {
   s.old_kernel = integer("CANN_SIM_OLD_KERNEL", 0, 0, 1) == 1;
   s.hccs_wired = integer("CANN_SIM_HCCS_WIRED", 1, 0, 1) == 1;
   s.tls = integer("CANN_SIM_TLS", 0, 0, 1) == 1;
+  s.init_contention = integer("CANN_SIM_INIT_CONTENTION", 0, 0, 1) == 1;
   s.copy = text("CANN_SIM_COPY", "on") != "off";
   const std::string on_violation = text("CANN_SIM_ON_VIOLATION", "abort");
   if (on_violation != "abort" && on_violation != "log") refuse("CANN_SIM_ON_VIOLATION", on_violation, "abort or log");

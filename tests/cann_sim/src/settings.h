@@ -42,6 +42,7 @@ struct Settings {
   bool old_kernel = false;         // kernel <= 5.10: aclrtHostRegister takes only memory of aclrtMallocHost
   bool hccs_wired = true;          // false: the A2 pair has no HCCS link (HCCL 5)
   bool tls = false;                // hccn_tool -tls of this process's NICs; must be equal on both ends
+  bool init_contention = false;    // communicator inits of two processes at once: the later one is HCCL 7
   bool copy = true;                // false: data copies do nothing (instruction counts)
   bool abort_on_violation = true;  // false: violations are logged and counted
   std::string stopped_events;      // events behind a failed operation in stop mode: complete | error | hang
