@@ -74,7 +74,7 @@ class Link : public ascend::BatchIssuer, public std::enable_shared_from_this<Lin
   void take_down(uint64_t start_ns, uint32_t grace_ms);
   Failure run_connect(const Topology &topology, const host::Deadline &deadline);
 
-  // flight.cc; I/O lock held.
+  // flight.cc; I/O lock held, engine's thread.
   bool start_jobs(uint64_t until_ns);
   Step advance(Flight &flight, uint64_t until_ns);
   Step issue_rest(Flight &flight, uint64_t until_ns);

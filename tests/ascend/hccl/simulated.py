@@ -15,8 +15,10 @@ from pathlib import Path
 from tests.cann_sim.install import install
 
 ROOT = Path(__file__).resolve().parents[3]
+COMM = "8.3-comm"
+"""CANN 8.3 without HcclCommPrepare: memory is registered with every communicator."""
 FLAVOURS: Mapping[str, tuple[str, ...]] = {
-    "hccl": ("8.3", "8.5.0", "9.0", "9.1"),
+    "hccl": (COMM, "8.3", "8.5.0", "9.0", "9.1"),
     "hcomm_onesided": ("8.5.0", "9.0", "9.1"),
 }
 SOCS = ("A2", "A3")
@@ -50,7 +52,7 @@ class Cell:
     @property
     def nameless(self) -> bool:
         """Whether HCCS needs an id that this CANN does not tell."""
-        return (self.flavour, self.soc, self.link) == ("8.3", "A3", "hccs")
+        return self.flavour in (COMM, "8.3") and (self.soc, self.link) == ("A3", "hccs")
 
     @property
     def id(self) -> str:
@@ -98,7 +100,15 @@ def host_environment(cell: Cell, folder: Path, **more: str) -> dict[str, str]:
         folder: An empty folder, or one that does not exist.
         **more: Further variables: ``CANN_SIM_FAULTS`` and the like.
     """
-    made = install(cell.flavour, cell.soc, cell.link, DEVICES, libs=native() / "cann_sim", out=folder / "host")
+    made = install(
+        cell.flavour.removesuffix("-comm"),
+        cell.soc,
+        cell.link,
+        DEVICES,
+        libs=native() / "cann_sim",
+        out=folder / "host",
+        prepare=cell.flavour != COMM,
+    )
     return {**made, "KVLINK_NATIVE_DIR": str(native()), **more}
 
 

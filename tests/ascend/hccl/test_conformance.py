@@ -15,8 +15,9 @@ import pytest
 
 from kvlink.testing.pytest_suite import ProviderSuite
 from kvlink.testing.runner import Runner
+from kvlink.testing.suite import GROUPS
 
-from .simulated import Cell, cells, on_host
+from .simulated import COMM, Cell, cells, on_host
 
 PROFILE = os.environ.get("KVLINK_TEST_PROFILE", "quick")
 
@@ -38,9 +39,13 @@ SKIPS = (
     r"^\d+ cases of this profile did not run",
 )
 
-QUICK = {
-    Cell("hccl", "8.3", "A2", "roce", ("allocated", "device")),
-    Cell("hcomm_onesided", "9.1", "A3", "hccs", ("device", "device")),
+# What runs by default, and which groups of it; None = all.
+QUICK: dict[Cell, tuple[str, ...] | None] = {
+    Cell("hccl", "8.3", "A2", "roce", ("allocated", "device")): None,
+    Cell("hcomm_onesided", "9.1", "A3", "hccs", ("device", "device")): ("memory", "data", "closing"),
+    Cell("hcomm_onesided", "8.5.0", "A2", "roce", ("device", "allocated")): ("handshake", "faults"),
+    Cell("hccl", "9.0", "A3", "roce", ("allocated", "allocated")): ("data",),
+    Cell("hccl", COMM, "A2", "hccs", ("device", "device")): ("data",),
 }
 
 
@@ -69,10 +74,23 @@ def _suite(cell: Cell) -> type[CellSuite]:
         members |= {"refusals": {**OVERLAP, **HCCS}, "skips": (*SKIPS, r"^the provider serves no plain memory")}
     members["__module__"] = __name__
     suite = type(name, (CellSuite,), members)
-    return suite if cell in QUICK else pytest.mark.slow(suite)
+    if cell not in QUICK:
+        return pytest.mark.slow(suite)
+    suite.groups = QUICK[cell]
+    return suite
+
+
+def _rest(cell: Cell, groups: tuple[str, ...]) -> type[CellSuite]:
+    """The groups of a default cell that do not run by default."""
+    rest = pytest.mark.slow(type("TestRest", (_suite(cell),), {"groups": tuple(set(GROUPS) - set(groups))}))
+    rest.__name__ = "TestRest_" + cell.id.replace("-", "_").replace(".", "")
+    return rest
 
 
 for _cell in cells():
     if _cell.works:
         _made = _suite(_cell)
         globals()[_made.__name__] = _made
+        if _groups := QUICK.get(_cell):
+            _made = _rest(_cell, _groups)
+            globals()[_made.__name__] = _made
