@@ -52,7 +52,7 @@ def test_8_3_takes_hccl(tmp_path: Path) -> None:
     answer = choose(tmp_path, "8.3")
     assert (answer["npu:0"], answer["cpu"]) == ("hccl", "host")
     assert answer["hccl"] == ""
-    for name, library in (("hcomm_onesided", "libhcomm.so"), ("hixl", "libcann_hixl.so")):
+    for name, library in (("hcomm_onesided", "libhcomm.so"), ("hixl", "libmetadef.so")):
         assert library in answer[name], answer[name]
         assert "8.5" in answer[name] and "8.3.RC1" in answer[name], answer[name]
 
