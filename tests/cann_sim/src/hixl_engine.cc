@@ -245,10 +245,10 @@ void Engine::open_channel(const ChannelPtr &channel, const EngineName &address, 
   reply.fragment.terminate();
   channel->remote_pool = reply.pool_address;
   channel->remote_pool_bytes = reply.pool_bytes;
-  channel->remote_memories.resize((answer.payload.size() - sizeof reply) / sizeof(Range));
-  if (!channel->remote_memories.empty()) {
-    std::memcpy(channel->remote_memories.data(), answer.payload.data() + sizeof reply,
-                channel->remote_memories.size() * sizeof(Range));
+  for (std::size_t at = sizeof reply; at + sizeof(Range) <= answer.payload.size(); at += sizeof(Range)) {
+    Range range;
+    std::memcpy(&range, answer.payload.data() + at, sizeof range);
+    channel->remote_memories.push_back(range);
   }
   const auto ranks = merge(fragment_, reply.fragment);
   if (!ranks) refuse(26, hixl::kParamInvalid, channel->peer + " is on this very device");
