@@ -164,6 +164,7 @@ void Link::close(uint32_t grace_ms) {
       stop_waiting(closed);
     }
     if (staging_ != nullptr) staging_->stop(closed);
+    end_staged(closed);
   }
   if (vendor_connected_) disconnect(grace_ms);
   {

@@ -172,6 +172,10 @@ struct Remains {
 
 Engine::~Engine() {
   staging_.reset();
+  if (!events_.empty()) {
+    const ascend::ContextGuard guard = device_->enter();
+    for (const ascend::aclrtEvent event : events_) static_cast<void>(device_->acl().aclrtDestroyEvent(event));
+  }
   if (hixl_ == nullptr || memory_ == nullptr) return;
   vendor_memory_->finalized();
   auto remains = std::make_shared<Remains>();
@@ -234,6 +238,26 @@ void Engine::introduce(LinkBlob *blob, uint64_t sequence) const {
 
 void Engine::remove_link(Link *link) { links_.erase(std::remove(links_.begin(), links_.end(), link), links_.end()); }
 
+void Engine::retire_event(ascend::aclrtEvent event) {
+  events_.push_back(event);
+  reap_events();
+}
+
+void Engine::reap_events() {
+  const ascend::AclApi &acl = device_->acl();
+  for (size_t i = 0; i < events_.size();) {
+    ascend::aclrtEventRecordedStatus status = ascend::ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    const ascend::aclError code = acl.aclrtQueryEventStatus(events_[i], &status);
+    if (code == ascend::ACL_SUCCESS && status == ascend::ACL_EVENT_RECORDED_STATUS_NOT_READY) {
+      ++i;
+      continue;
+    }
+    static_cast<void>(acl.aclrtDestroyEvent(events_[i]));
+    events_[i] = events_.back();
+    events_.pop_back();
+  }
+}
+
 Failure Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *more) {
   bool again = false;
   const std::thread::id thread = thread_.load(std::memory_order_relaxed);
@@ -248,6 +272,7 @@ Failure Engine::poll(kvl_completion *completions, uint32_t *count, uint32_t *mor
     }
     const uint64_t until = now_ns() + kPollBudgetNs;
     loop_.dispatch(until);
+    if (!events_.empty()) reap_events();
     bool in_flight = false;
     for (Link *link : links_) {
       again = link->progress(until) || again;

@@ -80,6 +80,8 @@ class Engine {
   // I/O lock held.
   void add_link(Link *link) { links_.push_back(link); }
   void remove_link(Link *link);
+  // An event that was recorded on a caller's stream: destroyed now, or when that stream has come to it.
+  void retire_event(ascend::aclrtEvent event);
   std::atomic<uint32_t> &requests_out() { return requests_out_; }
 
  private:
@@ -88,6 +90,7 @@ class Engine {
   Failure serve();
   Failure serve_at(uint16_t port);
   Failure drop_anchor();
+  void reap_events();
   ascend::MemoryRules memory_rules() const;
 
   Settings settings_;
@@ -106,8 +109,9 @@ class Engine {
   std::unique_ptr<ascend::Memory> memory_;
   std::shared_ptr<ascend::Region> anchor_;
   std::unique_ptr<ascend::StagingArea> staging_;
-  std::vector<Link *> links_;              // I/O lock
-  std::atomic<std::thread::id> thread_{};  // the engine's: the one that waits
+  std::vector<ascend::aclrtEvent> events_;  // I/O lock
+  std::vector<Link *> links_;               // I/O lock
+  std::atomic<std::thread::id> thread_{};   // the engine's: the one that waits
   std::atomic<uint32_t> requests_out_{0};
   std::atomic<bool> in_flight_{false};
 };

@@ -56,10 +56,10 @@ Failure Link::open_remote(uint32_t rmem, const void *blob, uint64_t length) {
   ascend::RegionBlob parsed{};
   const Failure failure = ascend::parse_region_blob(blob, length, &parsed);
   if (!failure.ok()) return failure;
-  if (type_ == ascend::LinkType::kHccs && parsed.kind == KVL_MEMORY_HOST && parsed.staged == 0) {
+  if (type_ == ascend::LinkType::kHccs && parsed.kind == KVL_MEMORY_HOST) {
     return make_failure(KVL_UNSUPPORTED, "rmem_open",
                         "host memory of a peer cannot be reached over HCCS, only device memory can: use RoCE "
-                        "(option link=roce with HCCL_INTRA_ROCE_ENABLE=1 on both sides), or option host_staging there");
+                        "(option link=roce with HCCL_INTRA_ROCE_ENABLE=1 on both sides)");
   }
   auto remote = std::make_shared<ascend::RemoteRegion>();
   remote->handle = rmem;
@@ -90,12 +90,11 @@ kvl_status Link::submit(uint32_t operation, const kvl_range *ranges, uint64_t co
     ++engine_.stats().late_memory_refused;
     return report(reconnect(plan.newest_local > bindings_.sequence() ? "this side" : "the peer"), err);
   }
-  if (plan.host_memory && !plan.staged && type_ == ascend::LinkType::kHccs &&
-      engine_.device().soc() == ascend::SocFamily::kA2) {
+  if (plan.host_memory && type_ == ascend::LinkType::kHccs && engine_.device().soc() == ascend::SocFamily::kA2) {
     return report(
         make_failure(KVL_UNSUPPORTED, "submit",
                      "HCCS on %s moves device memory only, and this transfer has host memory on this side: use "
-                     "RoCE (option link=roce with HCCL_INTRA_ROCE_ENABLE=1) or option host_staging",
+                     "RoCE (option link=roce with HCCL_INTRA_ROCE_ENABLE=1)",
                      engine_.device().soc_name().c_str()),
         err);
   }

@@ -51,7 +51,7 @@ class Link final : public ascend::BatchIssuer {
 
   // The engine's thread, I/O lock held. True when work is left that needs no event.
   bool progress(uint64_t until_ns);
-  bool in_flight() const { return !jobs_.empty() || !requests_.empty(); }
+  bool in_flight() const { return !jobs_.empty() || !requests_.empty() || !staged_.empty(); }
 
   // For the staging area: a batch of its own.
   Failure issue(uint32_t operation, const ascend::Descriptor *descriptors, uint64_t count, uint64_t token) override;
@@ -62,6 +62,12 @@ class Link final : public ascend::BatchIssuer {
     void *id;
     Job *job;        // null: a batch of the staging area
     uint64_t token;  // which one
+  };
+  // A batch of the staging area that waits for its turn.
+  struct Staged {
+    uint32_t operation;
+    uint64_t token;
+    std::vector<ascend::Descriptor> descriptors;
   };
   // The vendor's side of the connection, which calls that were given up keep alive.
   struct Session;
@@ -80,6 +86,8 @@ class Link final : public ascend::BatchIssuer {
   void take_new();
   void ask_requests(uint64_t until_ns);
   void ask_events();
+  bool start_staged(uint64_t until_ns);
+  void end_staged(const Failure &failure);
   bool start_jobs(uint64_t until_ns);
   Started start_batch(Job &job);
   Failure transfer(uint32_t operation, Job *job, uint64_t token, uint32_t count, bool *out_of_streams);
@@ -120,6 +128,7 @@ class Link final : public ascend::BatchIssuer {
   std::list<Job> jobs_;
   std::deque<Job *> ready_;      // to be started, in order
   std::vector<Job *> deferred_;  // waiting for their event
+  std::deque<Staged> staged_;
   std::vector<Request> requests_;
   bool starved_ = false;  // the vendor has no stream: ask again later
   bool closing_ = false;

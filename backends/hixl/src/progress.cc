@@ -26,6 +26,7 @@ bool Link::progress(uint64_t until_ns) {
   bool more = false;
   if (!ready_.empty() && !down_) more = start_jobs(until_ns);
   if (staging_ != nullptr && !down_) more = staging_->progress(until_ns) || more;
+  if (!staged_.empty()) more = start_staged(until_ns) || more;
   return more;
 }
 
@@ -187,21 +188,44 @@ Failure Link::transfer(uint32_t operation, Job *job, uint64_t token, uint32_t co
   return {};
 }
 
+// Takes it in any case: a failure would end the staged transfer, and there will be room.
 Failure Link::issue(uint32_t operation, const ascend::Descriptor *descriptors, uint64_t count, uint64_t token) {
-  if (requests_.size() >= kRequestsPerLink ||
-      engine_.requests_out().load(std::memory_order_relaxed) >= kRequestsPerEngine) {
-    return make_failure(KVL_AGAIN, "submit", "%zu requests are with the vendor", requests_.size());
+  if (down_) return down_reason_;
+  staged_.push_back({operation, token, std::vector<ascend::Descriptor>(descriptors, descriptors + count)});
+  return {};
+}
+
+bool Link::start_staged(uint64_t until_ns) {
+  while (!staged_.empty() && !down_ && requests_.size() < kRequestsPerLink &&
+         engine_.requests_out().load(std::memory_order_relaxed) < kRequestsPerEngine) {
+    Staged next = std::move(staged_.front());
+    staged_.pop_front();
+    kvlink_hixl_desc *batch = hixl_->shim().batch(session_->remote.get(), kBatch);
+    Failure failure;
+    bool out_of_streams = false;
+    if (batch == nullptr) {
+      failure = make_failure(KVL_NO_RESOURCE, "batch", "out of memory for %u descriptors", kBatch);
+    } else {
+      uint32_t count = 0;
+      for (const ascend::Descriptor &one : next.descriptors) batch[count++] = {one.local, one.remote, one.length};
+      failure = transfer(next.operation, nullptr, next.token, count, &out_of_streams);
+    }
+    if (out_of_streams) {
+      staged_.push_front(std::move(next));
+      return false;
+    }
+    if (!failure.ok()) staging_->batch_done(next.token, failure);
+    if (now_ns() >= until_ns) return !staged_.empty();
   }
-  kvlink_hixl_desc *batch = hixl_->shim().batch(session_->remote.get(), kBatch);
-  if (batch == nullptr || count > kBatch) {
-    return make_failure(KVL_NO_RESOURCE, "batch", "no room for %llu descriptors",
-                        static_cast<unsigned long long>(count));
+  return false;
+}
+
+void Link::end_staged(const Failure &failure) {
+  while (!staged_.empty()) {
+    const uint64_t token = staged_.front().token;
+    staged_.pop_front();
+    staging_->batch_done(token, failure);
   }
-  for (uint64_t i = 0; i < count; ++i) batch[i] = {descriptors[i].local, descriptors[i].remote, descriptors[i].length};
-  bool out_of_streams = false;
-  const Failure failure = transfer(operation, nullptr, token, static_cast<uint32_t>(count), &out_of_streams);
-  if (out_of_streams) return make_failure(KVL_AGAIN, "Hixl::TransferAsync", "the vendor has no stream now");
-  return failure;
 }
 
 void Link::end_request(const Request &request, const Failure &failure) {
@@ -261,6 +285,7 @@ void Link::lose(const Failure &failure) {
   down_.store(true, std::memory_order_release);
   ++engine_.stats().links_lost;
   if (staging_ != nullptr) staging_->stop(failure);
+  end_staged(failure);
   has_inbox_.store(true, std::memory_order_release);  // take_new stops what waits
   engine_.loop().wake();
 }
@@ -274,7 +299,7 @@ void Link::stop_waiting(const Failure &failure) {
 
 void Link::drop_event(Job &job) {
   if (job.event == nullptr) return;
-  hixl_->acl().aclrtDestroyEvent(job.event);
+  engine_.retire_event(job.event);
   job.event = nullptr;
 }
 
