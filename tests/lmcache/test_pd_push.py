@@ -360,3 +360,17 @@ def test_an_id_that_is_used_again_is_another_request(world: tuple[Prefiller, Dec
     for prompt, data in zip((1, 2), stored, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(decoder.retrieve(prompt, 3), data, strict=True))
     check_idle(prefiller, decoder)
+
+
+@pytest.mark.parametrize("path", ["tcp", "cma"])
+def test_the_other_paths_of_the_host_provider(proxy: Proxy, path: str) -> None:
+    forced = {"extra_config": {"kvlink.path": path}}
+    decoder, prefiller = Decoder(8, **forced), Prefiller(8, proxy, **forced)
+    try:
+        data, _ = prefiller.store("r", decoder, 1, 6, tail=5)
+        assert proxy.hear()["type"] == "ProxyNotif"
+        assert all(torch.equal(a, b) for a, b in zip(decoder.retrieve(1, 6), data, strict=True))
+        assert prefiller.free == decoder.free == 8
+    finally:
+        prefiller.close()
+        decoder.close()
