@@ -1,5 +1,7 @@
 #include "ascend/registry.h"
 
+#include <poll.h>
+
 #include <cinttypes>
 #include <condition_variable>
 
@@ -20,18 +22,19 @@ InitState &init_state() {
   return *state;
 }
 
-std::chrono::steady_clock::time_point time_point(uint64_t ns) {
-  return std::chrono::steady_clock::time_point(
-      std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::nanoseconds(ns)));
-}
-
 }  // namespace
+
+bool is_interrupted(const Deadline &deadline) {
+  pollfd item{deadline.interrupt_fd, POLLIN, 0};
+  return deadline.interrupt_fd >= 0 && poll(&item, 1, 0) > 0;
+}
 
 Failure InitLock::acquire(const char *call, const Deadline &deadline, InitLock *lock) {
   InitState &state = init_state();
   std::unique_lock<std::mutex> guard(state.mutex);
-  if (!state.freed.wait_until(guard, time_point(deadline.at_ns), [&state] { return !state.held; })) {
-    return make_failure(KVL_TIMEOUT, call,
+  const kvl_status waited = wait_interruptibly(state.freed, guard, deadline, [&state] { return !state.held; });
+  if (waited != KVL_OK) {
+    return make_failure(waited, call,
                         "the vendor's library is still in %s, since %.1f s, and takes one such call at a time; if it "
                         "never returns, restart this process",
                         state.call, static_cast<double>(host::now_ns() - state.since_ns) / 1e9);

@@ -2,7 +2,9 @@
 #ifndef KVLINK_ASCEND_REGISTRY_H
 #define KVLINK_ASCEND_REGISTRY_H
 
+#include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -18,6 +20,13 @@ using host::Deadline;
 
 // Communicator init, destroy and deregistration are not safe beside each other in one process. Taken with a deadline:
 // a call that hangs inside the vendor's library keeps it for ever, and everyone else must still give up in time.
+// Waits on `changed` until `ready`, the deadline, or its interrupt: OK, TIMEOUT or CANCELLED. The interrupt is a
+// descriptor, which a condition variable cannot wait for: it is looked at every 20 ms.
+template <typename Ready>
+kvl_status wait_interruptibly(std::condition_variable &changed, std::unique_lock<std::mutex> &lock,
+                              const Deadline &deadline, Ready ready);
+bool is_interrupted(const Deadline &deadline);
+
 class InitLock {
  public:
   // TIMEOUT names the call that holds it and for how long. `lock` holds nothing before.
@@ -32,6 +41,21 @@ class InitLock {
  private:
   bool held_ = false;
 };
+
+template <typename Ready>
+kvl_status wait_interruptibly(std::condition_variable &changed, std::unique_lock<std::mutex> &lock,
+                              const Deadline &deadline, Ready ready) {
+  constexpr uint64_t look_ns = 20 * 1000000;
+  for (;;) {
+    const uint64_t now = host::now_ns();
+    const auto until = std::chrono::steady_clock::time_point(
+        std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::nanoseconds(
+            deadline.interrupt_fd < 0 ? deadline.at_ns : std::min(deadline.at_ns, now + look_ns))));
+    if (changed.wait_until(lock, until, ready)) return KVL_OK;
+    if (is_interrupted(deadline)) return KVL_CANCELLED;
+    if (host::now_ns() >= deadline.at_ns) return KVL_TIMEOUT;
+  }
+}
 
 // Registered memory of this process, by device. The vendor answers an exact duplicate with the same handle and no
 // count, so that the first deregistration kills it for all; here it is counted. Anything that overlaps is refused.

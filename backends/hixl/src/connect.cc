@@ -41,7 +41,7 @@ Failure Link::connect(const void *blob, uint64_t length, uint32_t timeout_ms) {
   session->name = peer_.engine;
   session->remote = RemoteEngine(hixl_->shim().remote_create(peer_.engine), RemoteDeleter{&hixl_->shim()});
   if (session->remote == nullptr) return make_failure(KVL_NO_RESOURCE, "Hixl::Connect", "out of memory");
-  failure = engine_.names().take(session->name, turn(deadline).at_ns, &session->hold);
+  failure = engine_.names().take(session->name, turn(deadline), &session->hold);
   if (!failure.ok()) return with_health(std::move(failure));
   session_ = std::move(session);
 

@@ -3,7 +3,6 @@
 #ifndef KVLINK_HIXL_NAMES_H
 #define KVLINK_HIXL_NAMES_H
 
-#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -29,13 +28,13 @@ class Names : public std::enable_shared_from_this<Names> {
     std::string name_;
   };
 
-  // TIMEOUT when the name is still held at `deadline_ns`.
-  ascend::Failure take(const std::string &name, uint64_t deadline_ns, std::shared_ptr<Hold> *hold) {
+  // TIMEOUT when the name is still held at the deadline, CANCELLED when that was interrupted.
+  ascend::Failure take(const std::string &name, const ascend::Deadline &deadline, std::shared_ptr<Hold> *hold) {
     std::unique_lock<std::mutex> lock(mutex_);
-    const auto until = std::chrono::steady_clock::time_point(
-        std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::nanoseconds(deadline_ns)));
-    if (!changed_.wait_until(lock, until, [&] { return taken_.count(name) == 0; })) {
-      return ascend::make_failure(KVL_TIMEOUT, "Hixl::Connect",
+    const kvl_status waited =
+        ascend::wait_interruptibly(changed_, lock, deadline, [&] { return taken_.count(name) == 0; });
+    if (waited != KVL_OK) {
+      return ascend::make_failure(waited, "Hixl::Connect",
                                   "an earlier connection to %s is still being closed: try again later", name.c_str());
     }
     taken_.insert(name);

@@ -239,3 +239,19 @@ def test_finalize_hangs(tmp_path: Path) -> None:
             ends.a.close(grace=1.0)
         with within(15):
             assert ends.a.child.stop() == 0
+
+
+def test_close_ends_a_connect_that_waits_for_its_turn(tmp_path: Path) -> None:
+    """A first Connect hangs; the second waits behind it, and close() waits for neither."""
+    with two_processes(CELL, tmp_path, a={"CANN_SIM_FAULTS": "HcclCommInitClusterInfoMemConfig=hang"}) as ends:
+        ends.open()
+        ends.memory()
+        ends.b.open(channel="other")
+        other = str(ends.b.call("address", channel="other"))
+        pending = [ends.a.start("connect", address=address, timeout=30.0) for address in (ends.address, other)]
+        ends.b.wait_peers(0)
+        with within(5):
+            ends.a.close(grace=1.0)
+        for future in pending:
+            with within(5), pytest.raises(errors.KvlinkError):
+                future.result(10)
