@@ -65,10 +65,12 @@ class Worker:
         return CaseResult(case_id, status, reason, time.monotonic() - start, proves)
 
     def _warm_up(self) -> None:
-        """Makes what the core makes once a process, so that a case's leak check does not count it."""
+        """Makes what core and provider make once a process, so that a case's leak check does not count it."""
         context = Context(self._bench)
-        endpoint = context.local()
-        endpoint.open()
+        if self._bench.settings.apart:
+            context.pair()  # a vendor's library makes some things at its first link
+        else:
+            context.local().open()
         context.close(failed=True)
         if self._bench.settings.stream:
             resources.call_named(self._bench.settings.stream)  # made once a process, too
