@@ -20,6 +20,7 @@ except ImportError:  # LMCache 0.4
     from lmcache.v1.memory_management import PagedTensorMemoryAllocator
 
 _log = get_logger()
+ALIGNMENT = 2 << 20
 
 
 class Pages(PagedTensorMemoryAllocator):  # type: ignore[misc]
@@ -88,8 +89,8 @@ class PDBuffer(MemoryAllocatorInterface):  # type: ignore[misc]
         if self.total == 0:
             raise ConfigError(f"a PD buffer of {nbytes} bytes does not hold one chunk of {self.page_bytes} bytes")
         size = self.total * self.page_bytes
-        if device == channel.device == "cpu" and kvlink.Capability.ALLOCATE in channel.capabilities:
-            self.region = channel.allocate(size, name=REGION)
+        if device == "cpu" and kvlink.Capability.ALLOCATE in channel.capabilities:
+            self.region = channel.allocate(size, name=REGION, device="cpu")
             memory = torch.frombuffer(self.region.buffer(), dtype=torch.uint8)
         else:
             memory = _zeros(size, device)
@@ -160,8 +161,11 @@ class PDBuffer(MemoryAllocatorInterface):  # type: ignore[misc]
 
 
 def _zeros(nbytes: int, device: str) -> torch.Tensor:
+    """Returns zeroed memory that starts where every device library is content."""
     try:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"pd_buffer_device {device}: {nbytes} bytes cannot be had there: {reason}") from error
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + nbytes]
