@@ -201,7 +201,8 @@ typedef struct kvl_provider {
   kvl_status (*probe)(kvl_error *err);
 
   kvl_status (*engine_open)(const kvl_engine_params *params, kvl_engine **engine, kvl_error *err);
-  /* All links and memory are closed by now. Joins the provider's threads, frees everything. */
+  /* All links are closed by now, and all memory but what mem_close called BUSY to the last: that is let go of when the
+   * vendor does, and not before. Joins the provider's threads, frees everything else. */
   void (*engine_close)(kvl_engine *engine);
   kvl_status (*engine_query)(kvl_engine *engine, kvl_attr *attr, kvl_error *err);
 

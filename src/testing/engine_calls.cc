@@ -166,6 +166,7 @@ kvl_status MemClose(kvl_engine *handle, uint32_t mem, kvl_error *err) {
     engine->ledger.MemClosing(mem);
     const kvl_status status = P().mem_close(engine->inner, mem, err);
     if (status == KVL_OK) engine->ledger.MemClosed(mem);
+    if (status == KVL_BUSY) engine->ledger.MemKept(mem);
     return status;
   });
 }

@@ -100,7 +100,9 @@ void Ledger::EngineClosing() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) Say("core", "engine_close twice");
   closed_ = true;
-  for (const auto &mem : mems_) Say("core", "engine_close with memory " + Hex(mem.first) + " open");
+  for (const auto &mem : mems_) {
+    if (kept_.count(mem.first) == 0) Say("core", "engine_close with memory " + Hex(mem.first) + " open");
+  }
   for (const auto &link : links_) {
     if (!link.second.closed) Say("core", "engine_close with a link open");
   }
@@ -137,6 +139,13 @@ void Ledger::MemClosed(uint32_t mem) {
   if (!on()) return;
   std::lock_guard<std::mutex> lock(mutex_);
   mems_.erase(mem);
+  kept_.erase(mem);
+}
+
+void Ledger::MemKept(uint32_t mem) {
+  if (!on()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  kept_.insert(mem);
 }
 
 void Ledger::LinkOpened(const void *link, uint32_t role, bool both) {

@@ -34,6 +34,7 @@ class Ledger {
   void MemUse(const char *function, uint32_t mem);  // before mem_export and mem_copy
   void MemClosing(uint32_t mem);                    // before mem_close
   void MemClosed(uint32_t mem);
+  void MemKept(uint32_t mem);  // mem_close answered BUSY: the engine may be closed with it
   void LinkOpened(const void *link, uint32_t role, bool both);
   void LinkUse(const char *function, const void *link);  // before any call on a link
   void Connecting(const void *link);
@@ -84,6 +85,7 @@ class Ledger {
   kvl_attr limits_{};
   uint32_t connects_ = 0;
   std::map<uint32_t, int> mems_;  // handle -> submits in flight on it
+  std::set<uint32_t> kept_;       // of them, those whose last mem_close answered BUSY
   std::map<const void *, Link> links_;
   std::unordered_map<uint64_t, Submit> submits_;
 };

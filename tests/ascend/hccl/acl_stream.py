@@ -13,7 +13,12 @@ def make() -> int:
     for call in (lambda: acl.aclInit(None), lambda: acl.aclrtSetDevice(ctypes.c_int32(0))):
         code = call()
         assert code in (0, 100002), f"ACL answers {code}"
-    stream = ctypes.c_void_p()
+    stream, event = ctypes.c_void_p(), ctypes.c_void_p()
     assert acl.aclrtCreateStream(ctypes.byref(stream)) == 0
+    # Used once, so that what a stream makes with its first work is there.
+    assert acl.aclrtCreateEventExWithFlag(ctypes.byref(event), ctypes.c_uint32(1)) == 0
+    assert acl.aclrtRecordEvent(event, stream) == 0
+    assert acl.aclrtSynchronizeStream(stream) == 0
+    assert acl.aclrtDestroyEvent(event) == 0
     assert stream.value is not None
     return stream.value

@@ -37,6 +37,7 @@ SKIPS = (
     r"^the provider does not claim (LATE_MEMORY|LINK_CHECK|BUSY_POLL)",
     r"^memory registered late works at once",
     r"^\d+ cases of this profile did not run",
+    r"^(the provider serves only|only) memory that (it|the provider) allocates",
 )
 
 # What runs by default, and which groups of it; None = all.
