@@ -22,22 +22,32 @@ PROFILE = os.environ.get("KVLINK_TEST_PROFILE", "quick")
 
 SKIPS = (
     r"^the provider does not claim (LATE_MEMORY|LINK_CHECK|BUSY_POLL)",
-    r"^the provider serves no (plain|allocated) memory$",
-    r"^the provider serves only device memory$",
-    r"^the provider serves only memory that it allocates$",
-    r"^only memory that the provider allocates is served$",
     r"^\d+ cases of this profile did not run",
+)
+HCCS_SKIPS = (
+    r"^the provider serves no plain memory",
+    r"^(the provider serves only|only) memory that (it|the provider)",
 )
 
 # The vendor knows one registration for every byte, so a part of a region under another name is refused, with its owner.
-REFUSALS = {"memory.one piece of memory under two names": r"bytes at 0x\w+ overlap \d+ bytes .* that hixl channel"}
+OVERLAP = {"memory.one piece of memory under two names": r"bytes at 0x\w+ overlap \d+ bytes .* that hixl channel"}
+HCCS = dict.fromkeys(
+    (
+        "data.* of plain memory",
+        "data.* of allocated memory",
+        "data.between kinds of memory",
+        "memory.every kind registers, moves and closes",
+    ),
+    r"cannot be reached over HCCS|moves device memory only",
+)
 
-QUICK = {
-    Cell("hixl", "8.5.0", "A2", "roce", ("allocated", "device")),
-    Cell("hixl", "9.1", "A3", "hccs", ("device", "device")),
+# What runs by default, and which groups of it; None = all.
+QUICK: dict[Cell, tuple[str, ...] | None] = {
+    Cell("hixl", "8.5.0", "A2", "roce", ("allocated", "device")): None,
+    Cell("hixl", "9.1", "A3", "hccs", ("device", "device")): ("memory", "data", "closing"),
+    Cell("hixl", "9.0", "A3", "roce", ("device", "allocated")): ("data",),
+    Cell("hixl", "9.1", "A2", "roce", ("allocated", "allocated")): ("handshake", "faults"),
 }
-# Every group has run against each flavour, SoC and link then; these look at what the flavour alone changes.
-QUICK_DATA = {Cell("hixl", "9.0", "A3", "roce", ("device", "allocated"))}
 
 
 class CellSuite(ProviderSuite):
@@ -60,17 +70,13 @@ class CellSuite(ProviderSuite):
 
 def _suite(cell: Cell) -> type[CellSuite]:
     name = "Test_" + cell.id.replace("-", "_").replace(".", "")
-    refusals = dict(REFUSALS) if cell.link == "roce" or "device" in cell.pair else {}
-    members = {
-        "cell": cell,
-        "provider": "hixl",
-        "pair": cell.pair,
-        "refusals": refusals,
-        "groups": ("data", "memory") if cell in QUICK_DATA and PROFILE == "quick" else None,
-        "__module__": __name__,
-    }
+    members = {"cell": cell, "provider": "hixl", "pair": cell.pair, "refusals": OVERLAP, "__module__": __name__}
+    if cell.link == "hccs":
+        members |= {"refusals": {**OVERLAP, **HCCS}, "skips": (*SKIPS, *HCCS_SKIPS)}
+    if PROFILE == "quick":
+        members["groups"] = QUICK.get(cell)
     suite = type(name, (CellSuite,), members)
-    return suite if cell in QUICK | QUICK_DATA else pytest.mark.slow(suite)
+    return suite if cell in QUICK else pytest.mark.slow(suite)
 
 
 for _cell in cells():

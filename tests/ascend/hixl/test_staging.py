@@ -23,9 +23,10 @@ def _ready(ends: Ends, kinds: tuple[str, str], nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product(("plain", "device"), repeat=2))[:3], ids="-".join)
-def test_every_byte_arrives(kinds: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", ["roce", "hccs"])
+def test_every_byte_arrives(kinds: tuple[str, str], link: str, tmp_path: Path) -> None:
     """Regions larger than the area, at any address, in one piece and in many; more batches than requests go at once."""
-    with two_processes(Cell("hixl", "9.1"), tmp_path, CANN_SIM_DELAY_US="5:20") as ends:
+    with two_processes(Cell("hixl", "9.1", link=link), tmp_path, CANN_SIM_DELAY_US="5:20") as ends:
         nbytes = 20 * MIB
         _ready(ends, kinds, nbytes)
         for layout in (contiguous(nbytes, 1), scattered(4097, 300, shift=(3, 11)), mixed(60, seed=4)):
@@ -48,12 +49,3 @@ def test_a_failure_ends_staged_transfers(tmp_path: Path) -> None:
         ends.b.wait_peers(0)
         ends.connect()
         ends.check_put()
-
-
-def test_not_over_hccs(tmp_path: Path) -> None:
-    with two_processes(Cell("hixl", "9.1", "A2", "hccs"), tmp_path) as ends:
-        _ready(ends, ("plain", "device"), MIB)
-        with pytest.raises(errors.UnsupportedError, match="HCCS"):
-            ends.b.wait_region(ends.peers["b"], "a", timeout=2.0)
-        with pytest.raises(errors.KvlinkError, match="HCCS"):
-            ends.put()
