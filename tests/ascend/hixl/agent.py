@@ -10,8 +10,9 @@ from typing import Any
 import kvlink
 from kvlink import Channel, Region
 from kvlink.testing import resources
-from kvlink.testing.agent import MAIN, Agent
+from kvlink.testing.agent import Agent
 from kvlink.testing.storage import DeviceStorage
+from kvlink.testing.trials import MAIN
 from kvlink.testing.wire import serve
 
 

@@ -123,4 +123,4 @@ def two_processes(
             child = ChildProcess("tests.ascend.hixl.agent", environ=dict(own or {}))
             stack.callback(child.kill)
             ends.append(RemoteEndpoint(name, {"provider": "hixl", "options": {}, "device": device}, child))
-        yield Ends(*ends)
+        yield Ends(ends[0], ends[1])
