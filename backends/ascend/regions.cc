@@ -51,7 +51,7 @@ Failure plan_ranges(const RegionTable &regions, const RemoteTable &remotes, uint
       local = locals.find(range.mem);
       if (local != nullptr) {
         plan->staged_local |= local->staged;
-        plan->host_memory |= local->kind == KVL_MEMORY_HOST;
+        plan->host_memory |= local->kind == KVL_MEMORY_HOST && !local->staged;
         plan->newest_local = std::max(plan->newest_local, local->sequence);
       }
     }

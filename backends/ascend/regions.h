@@ -68,7 +68,7 @@ struct RangePlan {
   bool staged = false;         // some range touches a staged region: one of the next two
   bool staged_local = false;   // some local side is staged
   bool staged_remote = false;  // some remote side is staged
-  bool host_memory = false;    // some local side is host memory
+  bool host_memory = false;    // some local side is host memory that the vendor itself moves
   uint64_t newest_local = 0;   // highest sequence among the regions used
   uint64_t newest_remote = 0;
 };

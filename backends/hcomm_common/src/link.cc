@@ -124,10 +124,10 @@ Failure Link::open_remote(uint32_t rmem, const void *blob, uint64_t length) {
   ascend::RegionBlob region;
   const Failure failure = ascend::parse_region_blob(blob, length, &region);
   if (!failure.ok()) return failure;
-  if (type_ == ascend::LinkType::kHccs && region.kind == KVL_MEMORY_HOST) {
+  if (type_ == ascend::LinkType::kHccs && region.kind == KVL_MEMORY_HOST && region.staged == 0) {
     return make_failure(KVL_UNSUPPORTED, "rmem_open",
                         "the link is HCCS, over which HCCL reaches device memory only, and the peer's region is host "
-                        "memory: set HCCL_INTRA_ROCE_ENABLE=1 on both sides");
+                        "memory: set HCCL_INTRA_ROCE_ENABLE=1 on both sides, or option host_staging at the peer");
   }
   auto remote = std::make_shared<ascend::RemoteRegion>();
   remote->handle = rmem;

@@ -19,13 +19,11 @@ Failure Link::check_submit(uint32_t operation, const kvl_range *ranges, uint64_t
                         "the peer and reconnect",
                         plan->newest_local > self_.sequence ? "a local" : "the peer's");
   }
-  // The staging area is host memory, too.
-  const bool device_only = engine_->vendor()->device->soc() == ascend::SocFamily::kA2 || plan->staged;
-  if (plan->host_memory && type_ == ascend::LinkType::kHccs && device_only) {
+  if (plan->host_memory && type_ == ascend::LinkType::kHccs &&
+      engine_->vendor()->device->soc() == ascend::SocFamily::kA2) {
     return make_failure(KVL_UNSUPPORTED, "submit",
-                        "the link is HCCS, which moves device memory to device memory%s: set HCCL_INTRA_ROCE_ENABLE=1 "
-                        "on both sides",
-                        plan->staged ? " and has no use for the staging area" : " on this SoC");
+                        "the link is HCCS, which moves device memory to device memory on this SoC: set "
+                        "HCCL_INTRA_ROCE_ENABLE=1 on both sides, or option host_staging");
   }
   return {};
 }

@@ -56,10 +56,10 @@ Failure Link::open_remote(uint32_t rmem, const void *blob, uint64_t length) {
   ascend::RegionBlob parsed{};
   const Failure failure = ascend::parse_region_blob(blob, length, &parsed);
   if (!failure.ok()) return failure;
-  if (type_ == ascend::LinkType::kHccs && parsed.kind == KVL_MEMORY_HOST) {
+  if (type_ == ascend::LinkType::kHccs && parsed.kind == KVL_MEMORY_HOST && parsed.staged == 0) {
     return make_failure(KVL_UNSUPPORTED, "rmem_open",
                         "host memory of a peer cannot be reached over HCCS, only device memory can: use RoCE "
-                        "(option link=roce with HCCL_INTRA_ROCE_ENABLE=1 on both sides)");
+                        "(option link=roce with HCCL_INTRA_ROCE_ENABLE=1 on both sides), or option host_staging there");
   }
   auto remote = std::make_shared<ascend::RemoteRegion>();
   remote->handle = rmem;
