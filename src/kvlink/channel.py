@@ -127,6 +127,10 @@ class Channel:
         self._close_done = threading.Event()
         self._generation = _forks.generation
         _open_channels.add(self)
+        # Exit handlers run in the reverse order of their registration: this one has to come before those of libraries
+        # that take the device away (torch_npu), which may have been imported after kvlink.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     # ---- what it is ----
 
@@ -537,6 +541,3 @@ def _close_all() -> None:
             channel.close(grace=min(0.5, left))
         except Exception as error:
             _log.warning("closing %r at exit: %s", channel, error)
-
-
-atexit.register(_close_all)
