@@ -147,7 +147,7 @@ def test_prefillers_that_are_killed_leave_nothing_at_the_decoder(proxy: Proxy, m
     decoder = Decoder(64, **MODES[mode], **QUICK)
     rng = random.Random(3)
     try:
-        for _ in range(3):
+        for _ in range(2):
             limit = rng.randrange(1, 10)
             code = PREFILLER.format(
                 folder=str(Path(__file__).parent),
