@@ -159,7 +159,7 @@ endef
 aarch64:
 	$(call debian,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
 	$(call debian,qemu-aarch64,qemu-user)
-	$(call native-build,aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake)
+	$(call native-build,aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG")
 	@set -e; cd build/aarch64; for bytes in 4096 65536; do echo "aarch64, pages of $$bytes bytes"; \
 	  QEMU_PAGESIZE=$$bytes QEMU_LD_PREFIX=/usr/aarch64-linux-gnu KVLINK_TEST_EMULATOR=qemu-aarch64 \
 	  KVLINK_TEST_WITHOUT_CMA=1 ctest -j $(JOBS) --output-on-failure --timeout 300 --no-tests=error -E '\.cma$$'; done
