@@ -168,6 +168,7 @@ SLOW := $(if $(FULL),,-m "not slow")
 
 unit: install
 	$(PYTEST) $(SLOW) --timeout 300 tests/unit tests/chaos tests/proxy tests/vllm tests/lmcache
+	PYTHONPATH=build/lmcache-0.4.4 $(PYTEST) -m "not slow" --timeout 300 tests/lmcache
 
 conformance: install
 	$(PYTEST) $(SLOW) --timeout 600 tests/conformance
