@@ -6,6 +6,8 @@ cache can be compared with the prefiller's without a model.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -334,3 +336,35 @@ def prefill(engine: FakeEngine, request_id: str, tokens: list[int], **changes: A
     answer = engine.answers[request_id]
     assert answer is not None
     return answer
+
+
+def decode(engine, request_id, tokens, answer, **changes):
+    request = Request(request_id, tokens, json.loads(json.dumps(answer)), **changes)
+    engine.add(request)
+    return request
+
+
+def run_all(*engines, until=lambda: False):
+    """Steps several engines side by side until none has work."""
+    deadline = time.monotonic() + 30
+    while any(engine.has_work() for engine in engines) and not until():
+        assert time.monotonic() < deadline, [engine.requests for engine in engines]
+        for engine in engines:
+            engine.step()
+        time.sleep(0.001)
+
+
+def settle(prefiller, *decoders):
+    """Lets everything end and checks that nothing is held any more."""
+    run_all(prefiller, *decoders)
+    for engine in (prefiller, *decoders):
+        deadline = time.monotonic() + 10
+        while any(engine.held().values()):
+            assert time.monotonic() < deadline, engine.held()
+            time.sleep(0.005)
+        assert sorted(engine.free) == sorted(set(range(1, engine.blocks)) - set(engine.prefix.values()))
+        assert engine.requests == {}
+
+
+def warned(caplog, text):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and text in r.getMessage()]
