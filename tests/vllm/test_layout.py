@@ -179,6 +179,22 @@ def test_layouts_that_differ_describe_themselves_differently():
     assert build_layout(separate(7), 7).describe() == build_layout(outermost(9), 9).describe()
 
 
+@pytest.mark.parametrize("shape", [(7, 16, 4, 8), (2, 7, 16, 4, 8)])
+def test_one_shape_in_two_orders_of_memory_is_two_layouts(shape):
+    """VLLM_KV_CACHE_LAYOUT differs: the tensors look alike, whole blocks must not be copied between them."""
+    plain = {"l": torch.rand(*shape)}
+    swapped = (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    other = {"l": torch.rand(*swapped).transpose(-2, -3)}
+    assert plain["l"].shape == other["l"].shape
+    assert build_layout(plain, 7).describe() != build_layout(other, 7).describe()
+
+
+def test_strides_that_mean_nothing_make_no_other_layout():
+    memory = torch.rand(7, 16, 8)
+    odd = memory.as_strided((7, 16, 1, 8), (128, 8, 999, 1))
+    assert build_layout({"l": memory[:, :, None]}, 7).describe() == build_layout({"l": odd}, 7).describe()
+
+
 @pytest.mark.parametrize(
     ("caches", "text"),
     [

@@ -54,6 +54,7 @@ class Plane:
         length: Bytes of one block's piece.
         shape: Shape of that piece, without the block dimension.
         dtype: Element type.
+        order: Bytes from one element to the next in each dimension of the shape; 0 where there is only one.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Plane:
     length: int
     shape: tuple[int, ...]
     dtype: str
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,12 @@ class CacheLayout:
     def describe(self) -> str:
         """Returns a short text that is equal exactly for layouts between which whole blocks may be copied.
 
-        Offsets and strides are left out: each side uses its own, so the two may have different numbers of blocks.
+        Where blocks lie is left out: each side uses its own offsets and strides between blocks, so the two may have
+        different numbers of them. The order of the dimensions within a block counts: one shape can be NHD or HND.
         """
         digest = hashlib.blake2b(digest_size=8)
         for plane in self.planes:
-            digest.update(f"{plane.key}|{plane.dtype}|{plane.shape}|{plane.length};".encode())
+            digest.update(f"{plane.key}|{plane.dtype}|{plane.shape}|{plane.order}|{plane.length};".encode())
         kinds: dict[str, int] = {}
         for plane in self.planes:
             kind = f"{plane.dtype}{list(plane.shape)}"
@@ -158,14 +161,16 @@ def _planes(key: str, tensor: Any, blocks: int, storage: int, base: int) -> list
         piece: tuple[int, ...] = shape[1:] if parts == 1 else (parts, *shape[1:])
         piece_strides = strides[1:] if parts == 1 else strides
         length = _dense(key, piece, piece_strides, size)
-        return [Plane(f"{key}/0", storage, base, strides[0] * parts, length, piece, dtype)]
+        order = _order(piece, piece_strides)
+        return [Plane(f"{key}/0", storage, base, strides[0] * parts, length, piece, dtype, order)]
     if len(shape) > 1 and shape[0] == 2 and shape[1] % blocks == 0:
         parts = shape[1] // blocks
         piece = shape[2:] if parts == 1 else (parts, *shape[2:])
         piece_strides = strides[2:] if parts == 1 else strides[1:]
         length = _dense(key, piece, piece_strides, size)
+        order = _order(piece, piece_strides)
         return [
-            Plane(f"{key}/{half}", storage, base + half * strides[0], strides[1] * parts, length, piece, dtype)
+            Plane(f"{key}/{half}", storage, base + half * strides[0], strides[1] * parts, length, piece, dtype, order)
             for half in range(2)
         ]
     raise LayoutError(f"cache {key}: shape {shape} has no block dimension of {blocks} in front (nor after a leading 2)")
@@ -182,6 +187,11 @@ def _dense(key: str, shape: tuple[int, ...], strides: tuple[int, ...], size: int
             )
         expected *= count
     return expected
+
+
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a piece's strides without those that mean nothing."""
+    return tuple(stride if count > 1 else 0 for stride, count in zip(strides, shape, strict=True))
 
 
 def check_peer(ours: CacheLayout, theirs: Sequence[WirePlane]) -> None:
