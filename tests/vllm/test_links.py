@@ -93,6 +93,17 @@ def test_a_failure_stands_for_a_while_then_is_tried_again(links, channel, monkey
     assert channel.calls == 2
 
 
+def test_no_thread_for_a_connect_is_a_failed_connect(channel):
+    """Without this its future would never end, nor a request that waits for it."""
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    links = Links(channel, LAYOUT, Settings(retry_after=60.0), executor)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            links.get("a").result(1)
+    assert channel.calls == 0
+
+
 def test_a_lost_peer_is_connected_anew(links, channel):
     first = links.get("a").result(10)
     first.peer.state = "lost"

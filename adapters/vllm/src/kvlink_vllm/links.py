@@ -79,7 +79,11 @@ class Links:
             entry = self._entries[address] = _Entry(Future())
             if len(self._entries) > _MAX_ENTRIES:
                 self._entries = {key: item for key, item in self._entries.items() if not self._over(item)}
-        self._executor.submit(self._connect, address, entry)
+        try:
+            self._executor.submit(self._connect, address, entry)
+        except Exception as error:  # no more threads, or shut down: who waits for this future must hear of it
+            entry.failed_at = time.monotonic()
+            entry.future.set_exception(error)
         return entry.future
 
     def connected(self, address: str) -> Link | None:
@@ -110,10 +114,11 @@ class Links:
         try:
             peer = self._channel.connect(address, timeout=self._settings.connect_timeout)
             timeout = self._settings.request_timeout
+            end = time.monotonic() + timeout
             reply = wire.layout_reply.decode(peer.request(wire.encode(wire.Layout()), timeout=timeout))
             check_peer(self._layout, reply.planes)
             names = {plane.region for plane in reply.planes} | {reply.leases}
-            handles = {name: int(peer.wait_region(name, timeout).handle) for name in names}
+            handles = {name: int(peer.wait_region(name, max(0.0, end - time.monotonic())).handle) for name in names}
             link = Link(
                 peer, reply.planes, handles, handles[reply.leases], reply.blocks, reply.lease, time.monotonic() - begin
             )

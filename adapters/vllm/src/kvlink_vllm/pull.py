@@ -135,8 +135,8 @@ class Puller:
         message = wire.encode(wire.Claim(read.handoff, read.digest, read.tokens))
         give_up = time.monotonic() + self._settings.handoff_wait
         while True:
+            pull.wake.clear()  # before `left`, which looks for a cancel: its wake-up must not be lost
             timeout = pull.left("claim", self._settings.request_timeout)
-            pull.wake.clear()
             try:
                 reply = wire.claim_reply.decode(link.peer.request(message, timeout=timeout))
             except Exception as error:

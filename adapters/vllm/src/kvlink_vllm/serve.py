@@ -56,9 +56,7 @@ class Server:
             hold: The hand-off.
         """
         self._table.add(hold.handoff, hold.request_id, hold.blocks, hold.tokens, hold.digest)
-        if not self._waiters:
-            return
-        with self._lock:
+        with self._lock:  # always: a decoder may be between its look into the table and its place among the waiters
             waiters = self._waiters.pop(hold.handoff, [])
         for _, peer in waiters:
             self._defer(lambda peer=peer: _tell(peer, wire.Ready(hold.handoff)))  # type: ignore[misc]

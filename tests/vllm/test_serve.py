@@ -1,0 +1,76 @@
+"""The prefiller's answers to a decoder that is early."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from kvlink_vllm import wire
+from kvlink_vllm.lease import LeaseTable
+from kvlink_vllm.metadata import Hold
+from kvlink_vllm.pull import Pull, Puller, PullError
+from kvlink_vllm.serve import Server
+from kvlink_vllm.settings import Settings
+
+
+class Decoder:
+    def __init__(self):
+        self.told = []
+
+    def notify(self, message):
+        self.told.append(wire.decode_notice(message))
+
+
+def test_a_decoder_that_asks_while_the_hand_off_arrives_is_told():
+    """Between its look into the table and its place among those who wait, the hand-off comes."""
+    table = LeaseTable(np.zeros(4, dtype=np.uint64), lease=30.0, contact=10.0)
+    server = Server(table, None, "leases", handoff_wait=10.0, verify=False, defer=lambda function: function())
+    arrival = threading.Thread(target=server.hold, args=(Hold("a", "r", [1], 4, b"d"),))
+    get = table.get
+
+    def look(handoff):
+        found = get(handoff)
+        arrival.start()
+        arrival.join(0.3)
+        return found
+
+    table.get = look
+    decoder = Decoder()
+    reply = wire.claim_reply.decode(server.on_request(decoder, wire.encode(wire.Claim("a", b"d", 3))))
+    arrival.join(5)
+    assert reply.status == wire.PENDING
+    assert decoder.told == [wire.Ready("a")]
+
+
+def test_a_cancel_just_before_the_question_is_not_slept_through():
+    class Cancelling(threading.Event):
+        """The cancel comes at the last moment before the wake-up is forgotten."""
+
+        def clear(self):
+            if not pull.cancelled:
+                pull.cancel()
+            super().clear()
+
+    class Link:
+        class peer:
+            @staticmethod
+            def request(message, timeout):
+                return wire.encode(wire.ClaimReply(wire.PENDING, "not yet"))
+
+    puller = Puller.__new__(Puller)
+    puller._settings = Settings(handoff_wait=5.0)
+    read = type("Read", (), {"handoff": "a", "digest": b"d", "tokens": 3})
+    pull = Pull(read, "tcp://x:1", 0.0, float("inf"), wake=Cancelling())
+    outcome = []
+
+    def claim():
+        try:
+            puller._claim(pull, Link)
+        except PullError as error:
+            outcome.append(error.phase)
+
+    thread = threading.Thread(target=claim)
+    thread.start()
+    thread.join(3)
+    assert outcome == ["cancelled"]
