@@ -15,8 +15,10 @@ import pytest
 import zmq
 from proxy_servers import Engines, FakeEngine, Proxies, Proxy, events_of, wait_until
 
-from kvlink_proxy import cli
+from kvlink_proxy import cli, first_token, kv_ready
 from kvlink_proxy.config import Receiver
+from kvlink_proxy.kv_ready import KVReady
+from kvlink_proxy.metrics import Metrics
 
 Make = Callable[..., tuple[FakeEngine, FakeEngine, Proxy]]
 
@@ -43,6 +45,26 @@ def address(proxy: Proxy) -> str:
     ready = proxy.service._ready
     assert ready is not None
     return f"tcp://127.0.0.1:{ready.port}"
+
+
+def test_a_host_with_two_addresses_is_listened_to_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMCache's sockets reach "localhost" over IPv4, whatever else the name stands for."""
+
+    def both(*_: Any, **__: Any) -> list[Any]:
+        return [(0, 0, 0, "", (place, 0)) for place in ("::1", "127.0.0.1")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_ready.socket, "getaddrinfo", both)
+        ready = KVReady("localhost", 0, Metrics())
+    try:
+        socket.create_connection(("127.0.0.1", ready.port), 5).close()
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            return  # no IPv6 here
+        socket.create_connection(("::1", ready.port), 5).close()
+    finally:
+        ready.close()
 
 
 def spec_of(engine: FakeEngine, number: int = -1) -> dict[str, Any]:
@@ -362,3 +384,10 @@ def test_a_broken_character_is_left_to_the_decoder(lmcache: Make) -> None:
     p.behaviour.text = "\ufffd"
     proxy.complete()
     assert d.requests[0]["prompt"] == "a b c d"
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, [1], True])
+def test_an_odd_min_tokens_is_left_to_the_engine(value: object) -> None:
+    body = {"prompt": "hello", "max_tokens": 9}
+    assert first_token.possible("/v1/completions", {**body, "min_tokens": 2})
+    assert not first_token.possible("/v1/completions", {**body, "min_tokens": value})

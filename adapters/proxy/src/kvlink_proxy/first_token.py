@@ -31,6 +31,8 @@ def possible(endpoint: str, body: Mapping[str, Any]) -> bool:
         value is not None and key not in _SAFE and (key, value) != ("n", 1) for key, value in body.items()
     ):
         return False
+    if type(body.get("min_tokens") or 0) is not int:
+        return False  # the engine's to refuse
     options = body.get("stream_options")
     if options is not None and (not isinstance(options, dict) or set(options) - {"include_usage"}):
         return False

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -127,16 +129,20 @@ class KVReady:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-        address = f"tcp://{_bracket(host)}:{port or '*'}"
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self.close()
-            text = f"cannot listen on {address} for prefillers' messages (--proxy-host, --proxy-port): {error}"
-            raise OSError(error.errno, text) from None
-        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        self.port = port
+        for number, place in enumerate(_addresses(host)):
+            address = f"tcp://{_bracket(place)}:{self.port or '*'}"
+            try:
+                self._socket.setsockopt(zmq.IPV6, int(":" in place))
+                self._socket.bind(address)
+            except zmq.ZMQError as error:
+                if number and error.errno != errno.EADDRINUSE:
+                    continue  # such as ::1 where the kernel has no IPv6
+                self.close()
+                text = f"cannot listen on {address} for prefillers' messages (--proxy-host, --proxy-port): {error}"
+                raise OSError(error.errno, text) from None
+            self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
 
     @contextlib.contextmanager
     def expect(self, request_id: str, ranks: int) -> Iterator[Waiter]:
@@ -199,6 +205,15 @@ class KVReady:
         """Stop listening."""
         self._socket.close()
         self._context.term()
+
+
+def _addresses(host: str) -> list[str]:
+    """Returns all addresses of a host, IPv4 first: "localhost" is often two, of which LMCache reaches IPv4 only."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return [host]  # ZeroMQ knows more, such as the names of interfaces, and says what is wrong
+    return sorted({str(item[4][0]) for item in found}, key=lambda text: (":" in text, text))
 
 
 def _bracket(host: str) -> str:
