@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from kvlink_vllm import wire
+from kvlink_vllm import serve, wire
 from kvlink_vllm.lease import LeaseTable
 from kvlink_vllm.metadata import Hold
 from kvlink_vllm.pull import Pull, Puller, PullError
@@ -41,6 +41,17 @@ def test_a_decoder_that_asks_while_the_hand_off_arrives_is_told():
     arrival.join(5)
     assert reply.status == wire.PENDING
     assert decoder.told == [wire.Ready("a")]
+
+
+def test_no_more_waiters_are_remembered_than_agreed_even_for_one_hand_off(monkeypatch):
+    monkeypatch.setattr(serve, "_MAX_WAITERS", 3)
+    table = LeaseTable(np.zeros(4, dtype=np.uint64), lease=30.0, contact=10.0)
+    server = Server(table, None, "leases", handoff_wait=10.0, verify=False, defer=lambda function: function())
+    decoder = Decoder()
+    for _ in range(9):
+        server.on_request(decoder, wire.encode(wire.Claim("a", b"d", 3)))
+    server.hold(Hold("a", "r", [1], 4, b"d"))
+    assert decoder.told == [wire.Ready("a")] * 3
 
 
 def test_a_cancel_just_before_the_question_is_not_slept_through():

@@ -127,8 +127,9 @@ class Server:
         with self._lock:
             for key in [key for key, waiters in self._waiters.items() if waiters[-1][0] <= now]:
                 del self._waiters[key]
+            waiting = sum(map(len, self._waiters.values()))
             # Looked up again under the lock: `hold` adds to the table before it takes the waiters.
-            if self._table.get(handoff) is None and len(self._waiters) < _MAX_WAITERS:
+            if waiting < _MAX_WAITERS and self._table.get(handoff) is None:
                 self._waiters.setdefault(handoff, []).append((now + self._handoff_wait, peer))
         return wire.ClaimReply(wire.PENDING, "the prefiller does not know this hand-off")
 
