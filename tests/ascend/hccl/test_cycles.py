@@ -31,6 +31,10 @@ def cycles(ends: Ends, count: int) -> None:
     ends.a.call("cycles", address=ends.address, count=count, local="a", remote="b", deadline=120.0)
     ends.a.wait_peers(0)
     ends.b.wait_peers(0)
+    comms = ("a.hccl_comm", "b.hccl_comm")
+    resources.until(
+        lambda: [live(ends)[name] for name in comms], lambda now: now == [0, 0], 10.0, lambda now: f"{now} communicators"
+    )
 
 
 CELLS = [Cell("hcomm_onesided", "9.1", "A2", "roce"), Cell("hccl", "8.3", "A2", "hccs")]
@@ -40,7 +44,7 @@ CELLS = [Cell("hcomm_onesided", "9.1", "A2", "roce"), Cell("hccl", "8.3", "A2", 
 def test_two_hundred_links_leave_nothing(tmp_path: Path, cell: Cell) -> None:
     with two_ends(tmp_path, cell, CANN_SIM_DELAY_US="1:5") as ends:
         ends.open()
-        cycles(ends, 200)  # pools fill and allocators find their size
+        cycles(ends, 400)  # pools fill and allocators find their size
         before = live(ends)
         at_first = {what: held(ends, what) for what in ("descriptors", "threads", "resident_kib")}
         cycles(ends, CYCLES)
