@@ -33,7 +33,10 @@ def cycles(ends: Ends, count: int) -> None:
     ends.b.wait_peers(0)
     comms = ("a.hccl_comm", "b.hccl_comm")
     resources.until(
-        lambda: [live(ends)[name] for name in comms], lambda now: now == [0, 0], 10.0, lambda now: f"{now} communicators"
+        lambda: [live(ends)[name] for name in comms],
+        lambda now: now == [0, 0],
+        10.0,
+        lambda now: f"{now} communicators",
     )
 
 
