@@ -179,6 +179,7 @@ conformance-asan: install sanitize
 
 # The Ascend providers on the simulator of CANN, and how they are built.
 ascend: install
+	$(call debian,valgrind,valgrind)
 	$(call native-build,native)
 	$(PYTEST) $(SLOW) --timeout 900 tests/cann_sim tests/ascend
 
