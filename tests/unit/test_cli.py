@@ -156,6 +156,8 @@ def test_ctrl_c_ends_with_130(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell's background job has SIGINT ignored, and so would this child of one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
