@@ -146,8 +146,10 @@ def test_ctrl_c_ends_with_130(tmp_path):
     """A real SIGINT to a real process: no traceback."""
     (tmp_path / "kvlink_proxy").mkdir()
     (tmp_path / "kvlink_proxy" / "__init__.py").touch()
+    # A shell's background job has SIGINT ignored, and so would this child of one.
     (tmp_path / "kvlink_proxy" / "cli.py").write_text(
-        "import signal\ndef main(argv):\n    print('ready', flush=True)\n    signal.pause()\n"
+        "import signal\ndef main(argv):\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    print('ready', flush=True)\n    signal.pause()\n"
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     with subprocess.Popen(
@@ -156,8 +158,6 @@ def test_ctrl_c_ends_with_130(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # A shell's background job has SIGINT ignored, and so would this child of one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
