@@ -65,7 +65,7 @@ def test_parameters_of_another_connector_are_refused(engines, caplog):
 
 
 def test_another_prompt_than_the_hand_offs_is_refused(engines, caplog):
-    p, d = engines("kv_producer"), engines("kv_consumer")
+    p, d = engines("kv_producer", **{"kvlink.contact": 1.0}), engines("kv_consumer")
     request = decode(d, "d1", list(range(1, 21)), prefill(p, "p1", list(range(20))))
     settle(p, d)
     assert request.computed_here == 20
@@ -73,7 +73,7 @@ def test_another_prompt_than_the_hand_offs_is_refused(engines, caplog):
 
 
 def test_a_longer_prompt_than_the_hand_offs_is_refused(engines):
-    p, d = engines("kv_producer"), engines("kv_consumer")
+    p, d = engines("kv_producer", **{"kvlink.contact": 1.0}), engines("kv_consumer")
     request = decode(d, "d1", list(range(25)), prefill(p, "p1", list(range(20))))
     settle(p, d)
     assert request.computed_here == 25

@@ -129,8 +129,58 @@ def test_close_ends_all_and_refuses_more(table, words):
     assert sorted(ended(table)) == [("request-h1", True), ("request-h2", True)]
 
 
-def test_done_before_any_claim_ends_it(table):
+def test_done_by_a_peer_without_a_hold_ends_nothing(table, clock):
     add(table)
+    table.done(["h1"], "a")
+    assert ended(table) == []
+    table.claim("h1", "b")
+    table.done(["h1"], "a")
+    assert ended(table) == []
+    table.done(["h1"], "b")
+    assert ended(table) == [("request-h1", False)]
+
+
+def test_done_after_a_renewal_ends_it(table):
+    add(table)
+    table.renew(["h1"], "a")
+    table.done(["h1"], "a")
+    assert ended(table) == [("request-h1", False)]
+
+
+def test_a_claim_that_does_not_fit_extends_nothing_and_holds_nothing(table, clock):
+    add(table)
+    clock.now += 4.0
+    lease = table.claim("h1", "a", lambda lease: False)
+    assert lease is not None
+    assert not lease.readers
+    table.renew(["h1"], "a")  # of the request that was refused
+    table.done(["h1"], "a")
+    assert ended(table) == []
+    clock.now += 0.9
+    assert ended(table) == []
+    clock.now += 0.1
+    assert ended(table) == [("request-h1", True)]
+
+
+def test_a_claim_that_does_not_fit_takes_back_what_a_renewal_gave(table, clock):
+    add(table)
+    table.renew(["h1"], "a")
+    table.claim("h1", "a", lambda lease: False)
+    table.done(["h1"], "a")
+    assert ended(table) == []
+    clock.now += 5.0
+    assert ended(table) == [("request-h1", True)]
+
+
+def test_a_claim_that_does_not_fit_leaves_the_others_hold(table, clock):
+    add(table)
+    table.claim("h1", "b")
+    table.claim("h1", "a", lambda lease: False)
+    clock.now += 29.0
+    assert ended(table) == []
+    assert table.claim("h1", "a") is not None  # another request of the same peer, which fits
+    table.done(["h1"], "b")
+    assert ended(table) == []
     table.done(["h1"], "a")
     assert ended(table) == [("request-h1", False)]
 

@@ -34,7 +34,8 @@ class Lease:
         slot: Index of the generation word.
         generation: Value of the word while the lease stands.
         deadline: Monotonic time at which it ends.
-        readers: Peers that claimed it and have not said done.
+        readers: Peers that claimed or renewed it and have not said done.
+        refused: Peers that claimed it for another prompt: their renewals are those of a request that is refused.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Lease:
     generation: int
     deadline: float
     readers: set[Hashable] = field(default_factory=set)
+    refused: set[Hashable] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -132,26 +134,28 @@ class LeaseTable:
             )
             return True
 
-    def claim(self, handoff: str, reader: Hashable) -> Lease | None:
+    def claim(self, handoff: str, reader: Hashable, fits: Callable[[Lease], bool] = lambda lease: True) -> Lease | None:
         """Gives a reader a hold on a lease and the full lease time.
 
         Args:
             handoff: The hand-off's id.
             reader: Who claims it.
+            fits: Whether it is what the reader needs. If not, the lease is not extended and the reader has no hold on
+                it, not even one that a renewal gave it before it was known what it needs.
 
         Returns:
-            The lease, or None if there is none (any more).
+            The lease, whether it fits or not, or None if there is none (any more).
         """
         with self._lock:
-            lease = self._leases.get(handoff)
+            lease = self._standing(handoff)
             if lease is None:
                 return None
-            now = self._clock()
-            if lease.deadline <= now:
-                self._end(lease, expired=True)
-                return None
-            lease.readers.add(reader)
-            lease.deadline = now + self._lease
+            if fits(lease):
+                lease.refused.discard(reader)
+                self._hold(lease, reader)
+            else:
+                lease.refused.add(reader)
+                self._let_go(lease, reader)
             return lease
 
     def get(self, handoff: str) -> Lease | None:
@@ -170,11 +174,14 @@ class LeaseTable:
             handoffs: Ids.
             reader: Who asks; it holds the lease from now on.
         """
-        for handoff in handoffs:
-            self.claim(handoff, reader)
+        with self._lock:
+            for handoff in handoffs:
+                lease = self._standing(handoff)
+                if lease is not None and reader not in lease.refused:
+                    self._hold(lease, reader)
 
     def done(self, handoffs: Iterable[str], reader: Hashable) -> None:
-        """Ends a reader's hold; the last reader's word ends the lease.
+        """Ends a reader's hold; the last reader's word ends the lease, the word of a peer without a hold nothing.
 
         Args:
             handoffs: Ids.
@@ -183,7 +190,7 @@ class LeaseTable:
         with self._lock:
             for handoff in handoffs:
                 lease = self._leases.get(handoff)
-                if lease is None:
+                if lease is None or reader not in lease.readers:
                     continue
                 lease.readers.discard(reader)
                 if not lease.readers:
@@ -196,12 +203,8 @@ class LeaseTable:
             reader: The peer that is gone.
         """
         with self._lock:
-            limit = self._clock() + self._contact
             for lease in self._leases.values():
-                if reader in lease.readers:
-                    lease.readers.discard(reader)
-                    if not lease.readers:
-                        lease.deadline = min(lease.deadline, limit)
+                self._let_go(lease, reader)
 
     def collect(self) -> list[Ended]:
         """Ends what has run out and returns all that ended since the last call, each once."""
@@ -225,6 +228,27 @@ class LeaseTable:
         """Returns counts for statistics: leases held and blocks held."""
         with self._lock:
             return {"leases": len(self._leases), "blocks": sum(len(lease.blocks) for lease in self._leases.values())}
+
+    # With the lock held
+
+    def _standing(self, handoff: str) -> Lease | None:
+        """Returns the lease; one that ran out is ended first."""
+        lease = self._leases.get(handoff)
+        if lease is not None and lease.deadline <= self._clock():
+            self._end(lease, expired=True)
+            return None
+        return lease
+
+    def _hold(self, lease: Lease, reader: Hashable) -> None:
+        lease.readers.add(reader)
+        lease.deadline = self._clock() + self._lease
+
+    def _let_go(self, lease: Lease, reader: Hashable) -> None:
+        """Ends a hold without ending the lease: another decoder may be sent, for which the contact time is left."""
+        if reader in lease.readers:
+            lease.readers.discard(reader)
+            if not lease.readers:
+                lease.deadline = min(lease.deadline, self._clock() + self._contact)
 
     def _end(self, lease: Lease, *, expired: bool) -> None:
         # The word moves first: whoever sees the request among the ended may free its blocks at once.

@@ -254,11 +254,11 @@ class Pulls:
 
     def _renew_new(self, link: Link, address: str, handoff: str) -> None:
         """First contact: the short lease before it becomes a full one. If the request is gone already, it is over."""
-        with self._lock:
-            wanted = (address, handoff) in self._wanted
-        message: Any = wire.Renew([handoff]) if wanted else wire.Done([handoff])
         self._shorten(link)
-        self._tell(link, message)
+        with self._lock:  # told under it: the done of a request that ends now must come after
+            self._tell(link, wire.Renew([handoff]))
+            if (address, handoff) not in self._wanted:
+                self._tell(link, wire.Done([handoff]))  # it counts only after a renewal, which gives the hold
 
     def _shorten(self, link: Link) -> None:
         """Renews often enough for the prefiller with the shortest lease."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvlink_vllm import wire
 from kvlink_vllm.layout import CacheLayout, checksum
-from kvlink_vllm.lease import LeaseTable
+from kvlink_vllm.lease import Lease, LeaseTable
 from kvlink_vllm.log import get_logger
 from kvlink_vllm.metadata import Hold
 
@@ -102,17 +102,15 @@ class Server:
         self._table.lost(peer)
 
     def _claim(self, peer: Any, claim: wire.Claim) -> wire.ClaimReply:
-        lease = self._table.claim(claim.id, peer)
+        # What does not fit must not extend the lease, so it is compared before the claim takes effect.
+        lease = self._table.claim(claim.id, peer, lambda lease: not _mismatch(lease, claim))
         if lease is None and self._table.is_past(claim.id):
             return wire.ClaimReply(wire.UNKNOWN, "the hand-off has ended: read before, released, or its lease ran out")
         if lease is None:
             return self._wait_for(peer, claim.id)
-        if lease.digest != claim.digest:
-            return wire.ClaimReply(wire.MISMATCH, "the hand-off belongs to another prompt (or another LoRA adapter)")
-        if claim.tokens > lease.tokens:
-            return wire.ClaimReply(
-                wire.MISMATCH, f"the decoder needs {claim.tokens} tokens, the hand-off has {lease.tokens}"
-            )
+        mismatch = _mismatch(lease, claim)
+        if mismatch:
+            return wire.ClaimReply(wire.MISMATCH, mismatch)
         return wire.ClaimReply(
             wire.OK,
             blocks=lease.blocks.astype("<i8").tobytes(),
@@ -139,6 +137,15 @@ class Server:
             return wire.ChecksumReply(wire.UNKNOWN)
         blocks = lease.blocks[request.first : request.first + request.count]
         return wire.ChecksumReply(wire.OK, checksum(self._layout, blocks))
+
+
+def _mismatch(lease: Lease, claim: wire.Claim) -> str:
+    """Says why a claim is not for this hand-off; empty if it is."""
+    if lease.digest != claim.digest:
+        return "the hand-off belongs to another prompt (or another LoRA adapter)"
+    if claim.tokens > lease.tokens:
+        return f"the decoder needs {claim.tokens} tokens, the hand-off has {lease.tokens}"
+    return ""
 
 
 def _tell(peer: Any, message: Any) -> None:
