@@ -225,7 +225,16 @@ def test_kv_goes_to_the_decoder_that_decodes(lmcache: Make, engines: Engines, pr
 
 
 @pytest.mark.parametrize(
-    "junk", [b"", b"\xc1", msgspec.msgpack.encode({"type": "Other", "req_id": "x"}), b"x" * 100_000]
+    "junk",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode({"type": "Other", "req_id": "x"}),
+        b"x" * 100_000,
+        b"\x82\xa4type\xaaProxyNotif\xa6req_id\xa1\xff",
+        b"\x83\xa4type\xaaProxyNotif\xa6req_id\xa1x\xa1e" + b"\x91" * 60_000 + b"\xc0",
+    ],
+    ids=["empty", "not msgpack", "another type", "too long", "bad UTF-8", "deeply nested"],
 )
 def test_junk_on_the_socket_harms_nobody(lmcache: Make, junk: bytes) -> None:
     _, _, proxy = lmcache()
@@ -237,6 +246,60 @@ def test_junk_on_the_socket_harms_nobody(lmcache: Make, junk: bytes) -> None:
     with socket.create_connection(("127.0.0.1", int(address(proxy).rsplit(":", 1)[1]))) as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
     assert proxy.complete().headers["x-kvlink-route"] == "split"
+
+
+def test_messages_of_many_frames_are_dropped_and_what_follows_is_heard(lmcache: Make) -> None:
+    _, _, proxy = lmcache()
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 1000)
+        push.connect(address(proxy))
+        good = msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": "x"})
+        for count in (2, 3, 2000):
+            push.send_multipart([good] * count)
+    assert proxy.complete().headers["x-kvlink-route"] == "split"
+
+
+def test_a_flood_of_junk_is_one_line_with_a_count(lmcache: Make, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, proxy = lmcache()
+    ready = proxy.service._ready
+    assert ready is not None
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 1000)
+        push.connect(address(proxy))
+        for _ in range(300):
+            push.send(b"\xc1")
+        wait_until(lambda: ready._complaints._unsaid == 299, 20, "the flood's end")
+        assert caplog.text.count("not a prefiller's") == 1
+        ready._complaints._next = 0.0  # as if some seconds had passed
+        push.send(b"\xc1")
+        wait_until(lambda: "299 more such lines" in caplog.text, 10, "the count")
+    assert caplog.text.count("not a prefiller's") == 2
+    assert proxy.complete().headers["x-kvlink-route"] == "split"
+
+
+def test_an_error_of_the_socket_does_not_end_the_listening(
+    lmcache: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, proxy = lmcache()
+    ready = proxy.service._ready
+    assert ready is not None
+    receive, failed = ready._receive, threading.Event()
+
+    async def once() -> bytes | None:
+        if not failed.is_set():
+            failed.set()
+            raise zmq.ZMQError(zmq.EFAULT)
+        return await receive()
+
+    monkeypatch.setattr(ready, "_receive", once)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 1000)
+        push.connect(address(proxy))
+        # It is what is waited for now, so that the next one goes by the function above.
+        push.send(msgspec.msgpack.encode({"type": "ProxyNotif", "req_id": "x"}))
+        assert failed.wait(10)
+    assert proxy.complete().headers["x-kvlink-route"] == "split"
+    assert "could not be read" in caplog.text
 
 
 def test_a_message_for_another_request_counts_for_none(lmcache: Make) -> None:

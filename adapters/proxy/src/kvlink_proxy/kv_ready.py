@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 << 10
 _SHOWN_REASON = 500
+_COMPLAIN_EVERY = 5.0  # seconds
+_PAUSE_AFTER_ERROR = 0.5  # seconds, before a socket that could not be read is read again
 
 
 class ProxyNotif(msgspec.Struct, tag=True):
@@ -113,6 +115,30 @@ class Waiter:
         self._ended.cancel()
 
 
+class _Complaints:
+    """Logs what is wrong with messages, at most once in a while: whoever reaches the port can send any number."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._unsaid = 0
+
+    def say(self, text: str, *args: object, exc_info: bool = False) -> None:
+        """Log a warning, or count it.
+
+        Args:
+            text: Format of the line.
+            args: Its values.
+            exc_info: Whether the current exception's stack belongs to it.
+        """
+        now = time.monotonic()
+        if now < self._next:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} more such lines were not logged)" if self._unsaid else ""
+        self._next, self._unsaid = now + _COMPLAIN_EVERY, 0
+        logger.warning(f"{text}%s", *args, more, exc_info=exc_info)
+
+
 class KVReady:
     """The socket, and who waits for what.
 
@@ -125,6 +151,7 @@ class KVReady:
 
     def __init__(self, host: str, port: int, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._complaints = _Complaints()
         self._waiting: dict[str, Waiter] = {}
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PULL)
@@ -182,24 +209,43 @@ class KVReady:
         self._metrics.kv_ready.observe(time.monotonic() - began)
 
     async def listen(self) -> None:
-        """Take messages for ever."""
-        while True:
-            frames = await self._socket.recv_multipart()
+        """Take messages until it is closed; nothing that comes, and no error, ends it."""
+        while not self._socket.closed:
             try:
-                if len(frames) != 1:
-                    raise msgspec.DecodeError(f"{len(frames)} frames")
-                message = _decoder.decode(frames[0])
-            except msgspec.MsgspecError as error:
-                logger.warning("a message that is not a prefiller's came on port %d: %s", self.port, error)
+                message = await self._receive()
+            except Exception:
+                self._complaints.say("a message on port %d could not be read", self.port, exc_info=True)
+                await asyncio.sleep(_PAUSE_AFTER_ERROR)
                 continue
-            waiter = self._waiting.get(message.req_id)
-            if waiter is None:
-                logger.debug("request %s: nobody waits for its KV any more", message.req_id[:80])
-            elif isinstance(message, ProxyNotif):
-                waiter.arrived(message)
-            else:
-                text = f"rank {message.rank}: {message.reason[:_SHOWN_REASON]}"
-                waiter.fail(HandoffFailed("never" if message.never else "failed", text))
+            try:
+                self._take(message)
+            except Exception as error:  # not msgspec's alone: bad UTF-8 and deep nesting raise other types
+                self._complaints.say("a message that is not a prefiller's came on port %d: %s", self.port, error)
+            # What has arrived already is read without a turn of the event loop; a flood must leave it to others.
+            await asyncio.sleep(0)
+
+    async def _receive(self) -> bytes | None:
+        """Returns the next message, or None for one of several frames, of which no more than one is kept."""
+        frame = await self._socket.recv(copy=False)
+        if not frame.more:
+            return bytes(frame.buffer)
+        while frame.more:
+            frame = await self._socket.recv(copy=False)
+            await asyncio.sleep(0)
+        return None
+
+    def _take(self, data: bytes | None) -> None:
+        if data is None:
+            raise msgspec.DecodeError("it has several frames")
+        message = _decoder.decode(data)
+        waiter = self._waiting.get(message.req_id)
+        if waiter is None:
+            logger.debug("request %s: nobody waits for its KV any more", message.req_id[:80])
+        elif isinstance(message, ProxyNotif):
+            waiter.arrived(message)
+        else:
+            text = f"rank {message.rank}: {message.reason[:_SHOWN_REASON]}"
+            waiter.fail(HandoffFailed("never" if message.never else "failed", text))
 
     def close(self) -> None:
         """Stop listening."""
