@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from proxy_servers import Engines, Proxies, events_of, wait_until
+
+from kvlink_proxy.config import ProxyConfig
+from kvlink_proxy.engines import Engine, watch
+from kvlink_proxy.metrics import Metrics
 
 
 def text_of(answer: Any, stream: bool) -> str:
@@ -223,3 +229,34 @@ def test_models_when_nobody_is_there(proxies: Proxies, free_port: int) -> None:
     answer = proxy.http.get("/v1/models")
     assert answer.status_code == 503
     assert "does not answer" in answer.json()["error"]["message"]
+
+
+def test_an_engine_that_cannot_even_be_asked_is_down(engines: Engines, proxies: Proxies) -> None:
+    """httpx.InvalidURL is not among its HTTP errors."""
+    d = engines("decode")
+    proxy = proxies(["http://\u00ad:80"], [d])
+    assert proxy.service.prefillers.engines[0].state == "down"
+    assert "could not be asked" in str(proxy.service.prefillers.engines[0].last_error)
+    assert proxy.complete().headers["x-kvlink-route"] == "recompute"
+
+
+def test_no_error_ends_a_health_check() -> None:
+    errors = iter([httpx.InvalidURL("odd"), RuntimeError("odder")])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        for error in errors:
+            raise error
+        return httpx.Response(200)
+
+    async def until_up() -> None:
+        config = ProxyConfig(("http://a:1",), ("http://b:1",), health_interval=0.01)
+        engine = Engine("decode", "http://a:1", Metrics(), 1.0)
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            watcher = asyncio.ensure_future(watch(engine, client, config))
+            while engine.state != "up":
+                done, _ = await asyncio.wait([watcher], timeout=0.01)
+                assert not done
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+    asyncio.run(asyncio.wait_for(until_up(), 20))

@@ -190,6 +190,10 @@ async def watch(engine: Engine, client: httpx.AsyncClient, config: ProxyConfig) 
                 engine.mark("down", f"its /health did not answer within {config.health_timeout:g} s")
         except httpx.HTTPError as error:
             engine.mark("down", f"its /health failed: {error or type(error).__name__}")
+        except Exception as error:  # such as httpx.InvalidURL: a watcher that ended would leave the state as it is
+            if engine.state != "down":
+                logger.exception("%s engine %s: unexpected error in its health check", engine.role, engine.url)
+            engine.mark("down", f"its /health could not be asked: {type(error).__name__}: {error}")
         pause = config.health_interval if engine.state == "up" else min(config.health_interval, _PAUSE_WHILE_DOWN)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(engine.wake.wait(), pause)
