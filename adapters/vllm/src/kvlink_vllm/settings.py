@@ -112,11 +112,20 @@ class Settings:
         return settings
 
     def _check(self) -> None:
-        for name in ("lease", "contact", "handoff_wait", "connect_timeout", "request_timeout", "pull_timeout"):
+        seconds = (
+            "lease",
+            "contact",
+            "handoff_wait",
+            "connect_timeout",
+            "request_timeout",
+            "pull_timeout",
+            "peer_timeout",
+        )
+        for name in seconds:  # written so that NaN fails too
             if not 0 < getattr(self, name) < 86_400:
                 raise SettingsError(f"kvlink.{name} is {getattr(self, name)!r}; expected seconds between 0 and 86400")
-        if self.peer_timeout <= 0 or self.retry_after < 0:
-            raise SettingsError("kvlink.peer_timeout must be positive and kvlink.retry_after not negative")
+        if not 0 <= self.retry_after < 86_400:
+            raise SettingsError(f"kvlink.retry_after is {self.retry_after!r}; expected seconds from 0 to 86400")
         if not 0 <= self.idle_wait <= 1:
             raise SettingsError(f"kvlink.idle_wait is {self.idle_wait!r}; expected seconds between 0 and 1")
         if not 1 <= self.pulls <= 64:
