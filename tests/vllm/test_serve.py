@@ -10,9 +10,7 @@ import pytest
 from kvlink_vllm import serve, wire
 from kvlink_vllm.lease import LeaseTable
 from kvlink_vllm.metadata import Hold
-from kvlink_vllm.pull import Pull, Puller, PullError
 from kvlink_vllm.serve import Server
-from kvlink_vllm.settings import Settings
 
 
 class Decoder:
@@ -71,36 +69,3 @@ def test_a_claim_for_another_prompt_leaves_the_lease_to_the_right_decoder(digest
     reply = wire.claim_reply.decode(server.on_request(right, wire.encode(wire.Claim("a", b"d", 3))))
     assert reply.status == wire.OK
     assert table.get("a").deadline == 130.0
-
-
-def test_a_cancel_just_before_the_question_is_not_slept_through():
-    class Cancelling(threading.Event):
-        """The cancel comes at the last moment before the wake-up is forgotten."""
-
-        def clear(self):
-            if not pull.cancelled:
-                pull.cancel()
-            super().clear()
-
-    class Link:
-        class peer:
-            @staticmethod
-            def request(message, timeout):
-                return wire.encode(wire.ClaimReply(wire.PENDING, "not yet"))
-
-    puller = Puller.__new__(Puller)
-    puller._settings = Settings(handoff_wait=5.0)
-    read = type("Read", (), {"handoff": "a", "digest": b"d", "tokens": 3})
-    pull = Pull(read, "tcp://x:1", 0.0, float("inf"), wake=Cancelling())
-    outcome = []
-
-    def claim():
-        try:
-            puller._claim(pull, Link)
-        except PullError as error:
-            outcome.append(error.phase)
-
-    thread = threading.Thread(target=claim)
-    thread.start()
-    thread.join(3)
-    assert outcome == ["cancelled"]

@@ -23,12 +23,16 @@ class PullError(Exception):
     """A pull that did not bring the blocks.
 
     Attributes:
-        phase: "connect", "claim", "transfer", "lease", "verify" or "cancelled".
+        phase: "connect", "queued" (for a thread), "claim", "transfer", "lease", "verify" or "cancelled".
     """
 
     def __init__(self, phase: str, message: str) -> None:
         super().__init__(message)
         self.phase = phase
+
+
+class NotYet(Exception):
+    """The prefiller does not know the hand-off; it sends ``Ready`` when it comes."""
 
 
 @dataclass
@@ -41,7 +45,9 @@ class Pull:
         begin: Monotonic time of the order.
         deadline: Monotonic time at which it is given up.
         stream: Device stream whose work until now comes before the transfer; None = none.
-        wake: Set when the prefiller says that the hand-off is there, and on cancel.
+        link: Future of the link, once it is done.
+        ready: The prefiller has said that the hand-off is there since it was last asked for it.
+        claimed_at: Monotonic time of the first claim, or None.
         cancelled: The request is gone.
         transfer: The transfer while it runs.
         record: Numbers for the log and the trace.
@@ -52,15 +58,16 @@ class Pull:
     begin: float
     deadline: float
     stream: int | None = None
-    wake: threading.Event = field(default_factory=threading.Event)
+    link: Any = None
+    ready: bool = False
+    claimed_at: float | None = None
     cancelled: bool = False
     transfer: Any = None
     record: dict[str, Any] = field(default_factory=dict)
 
     def cancel(self) -> None:
-        """Stops it as soon as possible; it still ends on its own thread."""
+        """Stops it as soon as possible; it still ends on the thread that runs it, or on that of those that wait."""
         self.cancelled = True
-        self.wake.set()
         transfer = self.transfer
         if transfer is not None:
             transfer.cancel()
@@ -111,9 +118,10 @@ class Puller:
 
         Raises:
             PullError: The blocks did not come, or may not be trusted. Nothing writes to them any more.
+            NotYet: It should be run again when the hand-off is there. Nothing writes to the blocks.
         """
         read = pull.read
-        begin = time.monotonic()
+        begin = pull.claimed_at = pull.claimed_at or time.monotonic()
         claim = self._claim(pull, link)
         remote = self._remote_blocks(read, claim, link)
         local = np.asarray(read.blocks, dtype=np.int64)
@@ -133,19 +141,17 @@ class Puller:
     def _claim(self, pull: Pull, link: Link) -> wire.ClaimReply:
         read = pull.read
         message = wire.encode(wire.Claim(read.handoff, read.digest, read.tokens))
-        give_up = time.monotonic() + self._settings.handoff_wait
-        while True:
-            pull.wake.clear()  # before `left`, which looks for a cancel: its wake-up must not be lost
-            timeout = pull.left("claim", self._settings.request_timeout)
-            try:
-                reply = wire.claim_reply.decode(link.peer.request(message, timeout=timeout))
-            except Exception as error:
-                raise PullError("claim", f"the prefiller's worker was not asked: {describe(error)}") from error
-            if reply.status == wire.OK:
-                return reply
-            left = min(give_up, pull.deadline) - time.monotonic()
-            if reply.status != wire.PENDING or left <= 0 or not pull.wake.wait(left):
-                raise PullError("claim", reply.reason or f"the prefiller answered {reply.status!r}")
+        pull.ready = False  # before the question: what is said from now on must not be lost
+        timeout = pull.left("claim", self._settings.request_timeout)
+        try:
+            reply = wire.claim_reply.decode(link.peer.request(message, timeout=timeout))
+        except Exception as error:
+            raise PullError("claim", f"the prefiller's worker was not asked: {describe(error)}") from error
+        if reply.status == wire.PENDING:
+            raise NotYet(reply.reason)
+        if reply.status != wire.OK:
+            raise PullError("claim", reply.reason or f"the prefiller answered {reply.status!r}")
+        return reply
 
     @staticmethod
     def _remote_blocks(read: Read, claim: wire.ClaimReply, link: Link) -> Any:

@@ -15,8 +15,9 @@ from kvlink_vllm import wire
 from kvlink_vllm.links import Link, Links
 from kvlink_vllm.log import get_logger
 from kvlink_vllm.metadata import Read, Track
-from kvlink_vllm.pull import Pull, Puller, PullError, describe
+from kvlink_vllm.pull import NotYet, Pull, Puller, PullError, describe
 from kvlink_vllm.settings import Settings
+from kvlink_vllm.waiting import Waiting
 
 logger = get_logger()
 
@@ -81,6 +82,7 @@ class Pulls:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._active: dict[str, Pull] = {}
+        self._waiting = Waiting(self._finish)
         # Requests that still want a hand-off, and where: the last one to let go says done. Requests of one
         # parent (n > 1) share a hand-off.
         self._wanted: dict[tuple[str, str], set[str]] = {}
@@ -115,10 +117,12 @@ class Pulls:
         with self._lock:
             self._active[read.request_id] = pull
         try:
+            self._waiting.add(pull, "connect", pull.deadline, self._too_late("the prefiller's worker is not connected"))
             self._want(read.request_id, pull.address, read.handoff)
-            self._links.get(pull.address).add_done_callback(lambda future: self._submit(pull, future))
+            self._links.get(pull.address).add_done_callback(lambda future: self._connected(pull, future))
         except Exception as error:  # such as no more threads: vLLM waits for this request, so it must end
-            self._finish(pull, PullError("connect", describe(error)))
+            if self._waiting.take(pull, "connect"):
+                self._finish(pull, PullError("connect", describe(error)))
 
     def drop(self, request_id: str) -> None:
         """Lets a hand-off go that will not be pulled.
@@ -138,19 +142,21 @@ class Pulls:
             pull = self._active.get(request_id)
             if pull is not None:
                 pull.cancel()
+                self._waiting.look()
             elif request_id in self._request:
                 self._release(request_id)
 
     def ready(self, handoff: str) -> None:
-        """Wakes pulls that came before the prefiller knew their hand-off.
+        """Goes on with pulls that came before the prefiller knew their hand-off.
 
         Args:
             handoff: The hand-off that is there now.
         """
         with self._lock:
-            for pull in self._active.values():
-                if pull.read.handoff == handoff:
-                    pull.wake.set()
+            pulls = [pull for pull in self._active.values() if pull.read.handoff == handoff]
+        for pull in pulls:
+            pull.ready = True
+            self._ask_again(pull)
 
     def take(self) -> list[Outcome]:
         """Returns the outcomes since the last call, each once."""
@@ -177,31 +183,66 @@ class Pulls:
             self._changed.notify_all()
         for pull in pulls:
             pull.cancel()
+        self._waiting.close()
 
     # On background threads
 
-    def _submit(self, pull: Pull, future: Future[Link]) -> None:
-        try:
-            self._executor.submit(self._run, pull, future)
-        except RuntimeError as error:  # shut down meanwhile
-            self._finish(pull, PullError("cancelled", str(error)))
+    def _connected(self, pull: Pull, future: Future[Link]) -> None:
+        pull.link = future
+        if self._waiting.take(pull, "connect"):
+            self._submit(pull)
 
-    def _run(self, pull: Pull, future: Future[Link]) -> None:
+    def _submit(self, pull: Pull) -> None:
+        """Queues a pull, which waits for nothing else, for a thread."""
+        try:
+            self._waiting.add(pull, "queued", pull.deadline, self._too_late("all kvlink.pulls are busy"))
+            self._executor.submit(self._run, pull)
+        except RuntimeError as error:  # shut down meanwhile, or no more threads
+            if self._waiting.take(pull, "queued"):
+                self._finish(pull, PullError("cancelled" if self._closed else "queued", str(error)))
+
+    def _run(self, pull: Pull) -> None:
+        if not self._waiting.take(pull, "queued"):
+            return  # it ended while it was queued
         failure: PullError | None = None
         try:
-            pull.record["wait_seconds"] = time.monotonic() - pull.begin
-            error = future.exception()
+            pull.record.setdefault("wait_seconds", time.monotonic() - pull.begin)
+            error = pull.link.exception()
             if error is not None:
                 raise PullError("connect", describe(error))
-            pull.left("connect")
-            self._shorten(future.result())
-            self._puller.run(pull, future.result())
+            pull.left("queued")
+            self._shorten(pull.link.result())
+            self._puller.run(pull, pull.link.result())
         except PullError as error:
             failure = error
+        except NotYet as pending:
+            if self._park(pull, str(pending)):
+                return
+            failure = PullError("claim", str(pending))
         except Exception as error:
             logger.exception("kvlink: request %s: unexpected error in its pull", pull.read.request_id)
             failure = PullError("transfer", describe(error))
         self._finish(pull, failure)
+
+    def _park(self, pull: Pull, reason: str) -> bool:
+        """Lets a pull wait for its hand-off without a thread; False if it has waited long enough."""
+        give_up = min((pull.claimed_at or pull.begin) + self._settings.handoff_wait, pull.deadline)
+        if time.monotonic() >= give_up:
+            return False
+        try:
+            self._waiting.add(pull, "claim", give_up, reason)
+        except RuntimeError:  # shut down meanwhile
+            return not self._waiting.take(pull, "claim")
+        if pull.ready:  # said before it was parked
+            self._ask_again(pull)
+        return True
+
+    def _ask_again(self, pull: Pull) -> None:
+        if self._waiting.take(pull, "claim"):
+            self._submit(pull)
+
+    def _too_late(self, why: str) -> str:
+        return f"{why} after {self._settings.pull_timeout:g} s (kvlink.pull_timeout)"
 
     def _finish(self, pull: Pull, failure: PullError | None) -> None:
         read = pull.read

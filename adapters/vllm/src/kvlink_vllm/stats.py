@@ -49,7 +49,8 @@ class KVLinkStats(KVConnectorStats):
         """Counts a pull that failed.
 
         Args:
-            reason: The phase that failed: "params", "connect", "claim", "transfer", "lease", "verify", "cancelled".
+            reason: The phase that failed: "params", "connect", "queued", "claim", "transfer", "lease", "verify",
+                "cancelled".
             tokens: Tokens that will be recomputed.
         """
         self.data["failures"][reason] = self.data["failures"].get(reason, 0) + 1
