@@ -42,7 +42,7 @@ HCCS = dict.fromkeys(
     r"cannot be reached over HCCS|moves device memory only",
 )
 
-# What runs by default, and which groups of it. The groups "faults" and "honesty" are left to the slow runs because one case
+# What runs by default, and which groups of it. "faults" and "honesty" are left to the slow runs because one case
 # of each does not pass every time: a vendor call that was given up keeps a descriptor until it returns ("a stopped peer
 # does not hold up a close"), and keeps engine_close longer than the kit's second ("INTERRUPT ends a connect").
 QUICK: dict[Cell, tuple[str, ...]] = {
