@@ -134,11 +134,13 @@ def test_what_a_client_sends_through_the_proxy_reaches_no_engine(pair: Pair) -> 
 
 def test_a_hand_off_fetched_too_late_twice_or_for_another_prompt_is_recomputed(pair: Pair) -> None:
     late, other = PROMPTS[-5], PROMPTS[-6]
-    # For another prompt: the prefiller's worker refuses.
+    expired = pair.prefill.metric("vllm:kvlink_leases_expired_total")
+    # For another prompt: the prefiller's worker refuses, and keeps the blocks for whoever has the right one.
     params = hand_off(pair.prefill, late)
     assert pair.right(ask(pair.decode, other, kv_transfer_params=params), other)
     (pull,) = pair.decoder.pulls(1)
     assert (pull.outcome, "another prompt" in pull.raw["reason"]) == ("claim", True)
+    eventually("nobody came", lambda: pair.prefill.metric("vllm:kvlink_leases_expired_total") > expired, CONTACT + 20)
 
     params = hand_off(pair.prefill, late)
     for outcome in ("ok", "claim"):
