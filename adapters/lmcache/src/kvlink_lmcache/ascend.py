@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 import kvlink
 from kvlink.errors import ConfigError
+from kvlink.registry import device_for
 
 from . import context, settings
 from .channel import KVLinkChannel, settled
@@ -114,7 +115,7 @@ class AscendChannel(KVLinkChannel):
         own = settings.adapter_settings(config)
         self.handle_device = _current_device(tp_rank)
         memory = f"npu:{self.handle_device}" if any(kind == "npu" for *_, kind in wanted) else "cpu"
-        device = settings.channel_device(channel_type, memory, self.handle_device)
+        device = device_for(channel_type, memory, self.handle_device)
         channel = kvlink.open_from_config(
             settings.channel_config(
                 channel_type,

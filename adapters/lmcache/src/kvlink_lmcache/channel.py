@@ -12,6 +12,7 @@ from lmcache.v1.transfer_channel.transfer_utils import SideMsg
 
 import kvlink
 from kvlink.errors import ConfigError
+from kvlink.registry import device_for
 
 from . import context, settings
 from .endpoint import REGION, Endpoint, page_table
@@ -68,7 +69,7 @@ class KVLinkChannel(BaseTransferChannel):  # type: ignore[misc]
         adapter = settings.adapter_settings(config)
         identity = settings.identity(config, known.metadata) if known is not None else {}
         memory = device or "cpu"
-        where = settings.channel_device(channel_type, memory, tp_rank)
+        where = device_for(channel_type, memory, tp_rank)
         channel = kvlink.open_from_config(
             settings.channel_config(channel_type, listen=peer_init_url, device=where, identity=identity)
         )

@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from typing import Any
 
 import kvlink
-from kvlink import registry
 from kvlink.errors import ConfigError
 
 from . import context
@@ -159,20 +158,3 @@ def channel_config(
     values["device"] = device
     values["identity"] = {**dict(identity or {}), **dict(base.identity)}
     return kvlink.ChannelConfig(**values)
-
-
-def channel_device(channel_type: str, memory: str, index: int) -> str:
-    """Returns the device that a channel opens on for memory on another: a provider of NPUs also moves host memory.
-
-    Args:
-        channel_type: LMCache's ``transfer_channel``.
-        memory: Where the buffer is: "cpu", "npu:0".
-        index: This rank's NPU among those that the process sees.
-
-    Raises:
-        ConfigError: No such provider is installed.
-    """
-    if channel_type == "auto":
-        return memory
-    served = registry.find(channel_type).devices
-    return memory if memory.partition(":")[0] in served else f"{served[0]}:{index}"

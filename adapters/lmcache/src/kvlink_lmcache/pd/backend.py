@@ -14,6 +14,7 @@ from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterfac
 
 import kvlink
 from kvlink.errors import ConfigError
+from kvlink.registry import device_for
 
 from .. import settings
 from ..buffer import PDBuffer
@@ -62,7 +63,7 @@ class KVLinkPDBackend(AllocatorBackendInterface):  # type: ignore[misc]
             settings.channel_config(
                 config.transfer_channel,
                 listen=options.listen,
-                device=settings.channel_device(config.transfer_channel, options.device, options.device_index),
+                device=device_for(config.transfer_channel, options.device, options.device_index),
                 identity=own,
                 config=config,
             )
